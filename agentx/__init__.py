@@ -1,0 +1,1 @@
+"""agentx: an end-to-end trainer for agent models in JAX."""

@@ -1,0 +1,380 @@
+"""The command line: what `agentx` and its commands take, and how they end.
+
+Every command is a thin wrapper: it imports what it needs when it runs, calls one function and
+prints where the results are and what to run next. So `agentx --help` imports neither jax nor numpy.
+
+How a command ends: 0 when it did what was asked; 2 after `error: one sentence` for a user's
+mistake; 130 after Ctrl-C; a traceback for every fault of ours. A user's mistake is a ValueError
+that our own code raised (its sentence names the file, the line and the fix), or a file that cannot
+be read. AGENTX_TRACEBACK=1 keeps the traceback there too.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any
+
+import typer
+
+# The exit code after Ctrl-C, as in every shell.
+STOPPED = 130
+
+# What a wrong command line raises: typer has no public name for it.
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+
+app = typer.Typer(
+    name="agentx",
+    help="Train agent models end to end: pretraining, SFT, RL in tool environments, evaluation.",
+    epilog="AGENTX_TRACEBACK=1 shows the traceback behind an error.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.")
+model_app = typer.Typer(help="Look at a model config.")
+data_app = typer.Typer(help="Build a token store, or look into one.")
+env_app = typer.Typer(help="Check an environment.")
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+app.add_typer(model_app, name="model")
+app.add_typer(env_app, name="env")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line (the process's by default) and returns its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments:
+        arguments = ["--help"]
+    overrides = [a for a in arguments if a.startswith("--gin.")]
+    rest = [a for a in arguments if not a.startswith("--gin.")]
+    try:
+        result = app(args=rest, prog_name="agentx", standalone_mode=False, obj=overrides)
+        code = result if isinstance(result, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = STOPPED
+    except Exception as error:
+        if isinstance(error, _USAGE_ERROR):
+            sentence = _usage_sentence(error)
+        elif _is_users(error) and os.environ.get("AGENTX_TRACEBACK") != "1":
+            sentence = _sentence(error)
+        else:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
+    if code == STOPPED:
+        print("stopped", file=sys.stderr)
+    return code
+
+
+def _usage_sentence(error: Any) -> str:
+    command = error.ctx.command_path if error.ctx else "agentx"
+    return f"{error.format_message()} See `{command} --help`."
+
+
+def _is_users(error: BaseException) -> bool:
+    """Whether our own code refused what the user gave, or a file could not be read or written.
+
+    A ValueError from inside jax or numpy is a fault of ours and keeps its traceback. A loss that is
+    no number is a FloatingPointError.
+    """
+    if isinstance(error, OSError) and error.filename is not None:
+        return True
+    refused = isinstance(error, ValueError | FloatingPointError | OSError)
+    return refused and _raised_by_us(error.__traceback__)
+
+
+def _raised_by_us(traceback: TracebackType | None) -> bool:
+    name = ""
+    while traceback is not None:
+        name = traceback.tb_frame.f_globals.get("__name__", "")
+        traceback = traceback.tb_next
+    return name.split(".")[0] in ("agentx", "agentx_kernels")
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return " ".join(str(error).split())
+
+
+def _done(results: str, *next_commands: str) -> None:
+    """The closing lines of every command."""
+    print(f"\n{results}")
+    for number, command in enumerate(next_commands):
+        print(f"{'Next: ' if number == 0 else '      '}{command}")
+
+
+def _refuse_overrides(context: typer.Context) -> None:
+    if context.obj:
+        raise ValueError(
+            f"{context.obj[0]}: `{context.command_path}` reads no run file to override"
+        )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"agentx {importlib.metadata.version('agentx')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "-v", "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+Context = typer.Context
+Checkpoint = Annotated[Path, typer.Option(help="A run's folder, as `agentx train` leaves it.")]
+Run = Annotated[Path, typer.Argument(help="A run's folder, as `agentx train` leaves it.")]
+
+
+@app.command()
+def quickstart(
+    context: Context,
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("quickstart"),
+    seed: Annotated[int, typer.Option(help="Of the data, the weights and the sampling.")] = 0,
+    ablate: Annotated[
+        str, typer.Option(help='"objectives": also train without the tool objectives.')
+    ] = "",
+) -> int:
+    """The whole pipeline on this machine, from text to a served checkpoint. Takes --gin.X=Y."""
+    from agentx.quickstart import run
+
+    if ablate not in ("", "objectives"):
+        raise ValueError(f"--ablate {ablate}: only 'objectives' can be left out")
+    return run(out, seed, ablate, context.obj)
+
+
+@app.command()
+def train(
+    context: Context,
+    config: Annotated[str, typer.Argument(help="A .gin file, or its name below configs/.")],
+    run: Annotated[
+        Path | None, typer.Option(help="The run's folder; runs/ and the file's name by default.")
+    ] = None,
+) -> None:
+    """Pretraining, SFT, RL or a mixture, as a run file says. Overrides: --gin.Name.field=value.
+
+    Started again with the same folder, it goes on from the newest checkpoint. SIGTERM saves and
+    ends.
+    """
+    from agentx.cli.config import load_config
+
+    resolved = load_config(config, context.obj)
+
+    from agentx.cli.runs import prepare_run
+    from agentx.train import train as train_run
+
+    folder = Path("runs") / Path(config).stem if run is None else run
+    print(prepare_run(resolved, folder))
+    summary = train_run(resolved, folder)
+    if summary.interrupted:
+        _done(
+            f"Stopped at step {summary.step}, saved in {folder}",
+            " ".join(["agentx", *sys.argv[1:]]),
+        )
+    else:
+        _done(
+            f"Step {summary.step} in {summary.seconds:.0f} s; the run is in {folder}",
+            f"agentx report {folder}",
+            f"agentx export {folder} {folder}/huggingface",
+            f"agentx sample --checkpoint {folder} PROMPT",
+        )
+
+
+@app.command("eval")
+def evaluate(
+    context: Context,
+    checkpoint: Checkpoint,
+    suite: Annotated[str, typer.Option(help="library, library_new_tool or library_dev.")],
+    episodes: Annotated[int, typer.Option(help="How many tasks, one episode each.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the choice of tasks and of their worlds.")] = 0,
+) -> None:
+    """Plays the tasks of a suite greedily and prints the scores, with 95 % intervals."""
+    from agentx.cli.play import evaluate_suite
+
+    _refuse_overrides(context)
+    print(evaluate_suite(checkpoint, suite, num_episodes=episodes, seed=seed))
+    _done(f"That was {suite} with {checkpoint}", f"agentx export {checkpoint} OUT")
+
+
+@app.command()
+def sample(
+    context: Context,
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    suite: Annotated[str, typer.Option(help="Offer the tools of this suite's environment.")] = "",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Go on with the prompt as plain text.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="The most tokens a turn.")] = 64,
+) -> None:
+    """Talks to a checkpoint. With --suite library, its tools are on offer and calls are made."""
+    from agentx.cli.play import sample_text
+
+    _refuse_overrides(context)
+    text = sample_text(
+        checkpoint, prompt, suite=suite, raw=raw, temperature=temperature, max_tokens=max_tokens
+    )
+    print(text)
+    _done(f"That was {checkpoint}", f"agentx eval --checkpoint {checkpoint} --suite library")
+
+
+@app.command()
+def export(
+    context: Context,
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """A run's newest checkpoint as a Hugging Face folder, for transformers, vLLM and SGLang."""
+    from agentx.cli.runs import load_run
+    from agentx.interop.huggingface import export_huggingface
+
+    _refuse_overrides(context)
+    policy = load_run(run)
+    folder = export_huggingface(policy.params, policy.config, policy.tokenizer, out, dtype=dtype)
+    _done(
+        f"The model is in {folder}",
+        f"vllm serve {folder}",
+    )
+
+
+@app.command()
+def report(
+    context: Context,
+    run: Annotated[Path, typer.Argument(help="A quickstart's folder, or a run's.")],
+) -> None:
+    """Draws report.html: curves, scores and trajectories, with every token's role and weight."""
+    from agentx.report import write_report, write_run_report
+
+    _refuse_overrides(context)
+    if not run.is_dir():
+        raise ValueError(f"{run}: there is no such folder; give what `agentx train --run` wrote to")
+    page = write_report(run) if (run / "results.json").exists() else write_run_report(run)
+    _done(f"The report is {page}", f"python -m webbrowser {page.resolve().as_uri()}")
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    context: Context,
+    files: Annotated[list[Path], typer.Argument(help="UTF-8 text files, or folders of them.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("tokenizer.model"),
+    vocab_size: Annotated[int, typer.Option(help="Pieces, markers and bytes included.")] = 32768,
+) -> None:
+    """Trains byte-fallback BPE on text files."""
+    from agentx.data.formats import read_text_tree
+    from agentx.tokenizer import Tokenizer
+
+    _refuse_overrides(context)
+    documents = (document for file in files for document in read_text_tree(file))
+    tokenizer = Tokenizer.train((document.text for document in documents), vocab_size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(out)
+    _done(
+        f"A tokenizer of {tokenizer.vocab_size} pieces is in {out}", f"agentx tokenizer info {out}"
+    )
+
+
+@tokenizer_app.command("info")
+def tokenizer_info(
+    context: Context,
+    path: Annotated[Path, typer.Argument(help="A tokenizer.model.")],
+    text: Annotated[str, typer.Option(help="Text to cut into pieces.")] = "",
+) -> None:
+    """What a tokenizer holds, and how it cuts a text."""
+    from agentx.tokenizer import Tokenizer
+
+    _refuse_overrides(context)
+    tokenizer = Tokenizer.load(path)
+    print(f"pieces       {tokenizer.vocab_size}")
+    print(f"fingerprint  {tokenizer.fingerprint}")
+    print(f"markers      {' '.join(tokenizer.special)}")
+    if text:
+        ids = tokenizer.encode(text)
+        print(f"cut          {' '.join(repr(tokenizer.decode([i])) for i in ids)}")
+        print(f"ids          {' '.join(map(str, ids))}")
+    _done(f"That was {path}", f"agentx tokenizer info {path} --text 'a text to cut into pieces'")
+
+
+@data_app.command("build")
+def data_build(
+    context: Context,
+    paths: Annotated[
+        list[Path], typer.Argument(help="JSONL files, text files or folders of text.")
+    ],
+    tokenizer: Annotated[Path, typer.Option(help="A tokenizer.model.")],
+    out: Annotated[Path, typer.Option(help="The folder of the token store to write.")],
+    field: Annotated[
+        str, typer.Option(help='JSONL of texts: the field that holds them, "text" for instance.')
+    ] = "",
+) -> None:
+    """Tokenises documents into a store, once. JSONL holds conversations unless --field is given."""
+    from agentx.cli.documents import read_trajectories
+    from agentx.data.store import TokenStore
+    from agentx.tokenizer import Tokenizer
+
+    _refuse_overrides(context)
+    model = Tokenizer.load(tokenizer)
+    store = TokenStore.write(out, read_trajectories(paths, field, model), model.fingerprint)
+    _done(
+        f"{len(store)} documents, {store.num_tokens} tokens, are in {out}",
+        f"agentx data inspect {out} --tokenizer {tokenizer}",
+    )
+
+
+@data_app.command("inspect")
+def data_inspect(
+    context: Context,
+    store: Annotated[Path, typer.Argument(help="A token store, as `agentx data build` writes it.")],
+    tokenizer: Annotated[Path, typer.Option(help="The tokenizer.model it was built with.")],
+    index: Annotated[int, typer.Option(help="Which document.")] = 0,
+) -> None:
+    """Shows a document with every token coloured by its role, dim where it carries no loss."""
+    from agentx.cli.documents import print_document
+
+    _refuse_overrides(context)
+    num_documents = print_document(store, tokenizer, index)
+    following = (index + 1) % num_documents
+    _done(
+        f"That was document {index} of the {num_documents} in {store}",
+        f"agentx data inspect {store} --tokenizer {tokenizer} --index {following}",
+    )
+
+
+@model_app.command("info")
+def model_info(
+    context: Context,
+    name: Annotated[str, typer.Argument(help="A .gin file of a run or a model, or its name.")],
+) -> None:
+    """A model's sizes: parameters, memory, arithmetic. Takes --gin.ModelConfig.field=value."""
+    from agentx.cli.models import model_table
+
+    print(model_table(name, context.obj))
+    _done(f"That was the model of {name}", "agentx train RUN.gin, for a run that includes it")
+
+
+@env_app.command("check")
+def env_check(
+    context: Context,
+    name: Annotated[str, typer.Argument(help="A task set by its name, LibraryTasks for instance.")],
+) -> None:
+    """Plays some tasks of an environment, well and badly, and names what breaks its contract."""
+    from agentx.cli.environments import check_environment
+
+    _refuse_overrides(context)
+    print(check_environment(name))
+    _done(f"{name} keeps the contract of an environment", "agentx quickstart")

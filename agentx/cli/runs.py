@@ -1,0 +1,56 @@
+"""What several commands do with the folder of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from agentx.cli.config import save_config
+from agentx.cli.resolved import format_config
+from agentx.model.config import ModelConfig
+from agentx.model.transformer import abstract_transformer
+from agentx.sharding import MeshConfig, make_mesh
+from agentx.tokenizer import Tokenizer
+from agentx.train import load_params, model_config_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A trained model with its tokenizer. `params` lie on all devices, as `mesh` says."""
+
+    config: ModelConfig
+    params: nnx.State
+    tokenizer: Tokenizer
+    mesh: Mesh
+
+
+def load_run(folder: Path) -> Policy:
+    """The newest complete checkpoint of a run. Raises ValueError where there is none."""
+    config = model_config_of(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    mesh = make_mesh(MeshConfig())
+    params = load_params(folder, abstract_transformer(config), mesh, tokenizer)
+    return Policy(config, params, tokenizer, mesh)
+
+
+def prepare_run(config: Any, folder: Path) -> str:
+    """Saves the resolved config as `folder`/config.gin and returns its text.
+
+    Raises ValueError where the folder holds the run of another config, naming the first difference.
+    """
+    text, file = format_config(config), folder / "config.gin"
+    if file.exists():
+        before = file.read_text(encoding="utf-8").splitlines()
+        changes = [c for c in difflib.ndiff(before, text.splitlines()) if c[:2] in ("- ", "+ ")]
+        if changes:
+            raise ValueError(
+                f"{file} is of another config, which has {changes[0][2:]!r}: "
+                "give another --run folder, or delete this one to start over"
+            )
+    save_config(config, file)
+    return text

@@ -1,0 +1,1 @@
+"""From files and recordings to batches: formats -> store -> plan -> objectives -> pack -> Batch."""

@@ -1,0 +1,1 @@
+"""Environments: harnesses that turn assistant messages into observations and rewards."""

@@ -1,0 +1,1 @@
+"""Evaluation: suites of held-out tasks, and the scores of the episodes they produce."""

@@ -1,0 +1,1 @@
+"""Checkpoints of other formats, by tables that are read in both directions."""

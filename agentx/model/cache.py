@@ -1,0 +1,61 @@
+"""The keys and values of what each row has read so far, in arrays of fixed shape.
+
+A row has its own length: columns beyond it are free, whatever they hold. Under jit with the cache
+donated, or within a while_loop, `write` changes it in place.
+
+Legend: L layers, B rows, K KV heads, S columns, T new tokens, H head size, R rows of a fork.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from agentx.model.config import ModelConfig
+
+Array = jax.Array
+
+
+class KVCache(NamedTuple):
+    """k, v: [L, B, K, S, H], keys after rotation. lengths: i32[B], the columns that a row uses."""
+
+    k: Array
+    v: Array
+    lengths: Array
+
+
+def init_cache(
+    config: ModelConfig, batch: int, length: int, dtype: jnp.dtype | str | None = None
+) -> KVCache:
+    """An empty cache of `length` columns; `dtype` is the activations' by default."""
+    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
+    dtype = config.compute_dtype if dtype is None else jnp.dtype(dtype)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+
+def write(cache: KVCache, k_new: Array, v_new: Array, new_lengths: Array) -> KVCache:
+    """Appends to row b, at its own length, the first new_lengths[b] of T new tokens.
+
+    k_new, v_new: [L, B, K, T, H], as `Transformer.decode` returns them. new_lengths: i32[B], from 0
+    to T. What does not fit into the row's columns is dropped, and does not count.
+    """
+    num_new, columns = k_new.shape[3], cache.k.shape[3]
+    rows_B1 = jnp.arange(k_new.shape[1])[:, None]
+    steps_T = jnp.arange(num_new)
+    # A token that is not to be written goes to a column that does not exist, and scatter drops it.
+    column_BT = jnp.where(steps_T < new_lengths[:, None], cache.lengths[:, None] + steps_T, columns)
+
+    def append(old_LBKSH: Array, new_LBKTH: Array) -> Array:
+        # Indices that are arrays put their axes, B and T, first.
+        new_BTLKH = new_LBKTH.transpose(1, 3, 0, 2, 4).astype(old_LBKSH.dtype)
+        return old_LBKSH.at[:, rows_B1, :, column_BT].set(new_BTLKH, mode="drop")
+
+    lengths = jnp.minimum(cache.lengths + new_lengths, columns)
+    return KVCache(append(cache.k, k_new), append(cache.v, v_new), lengths)
+
+
+def fork(cache: KVCache, rows: Array) -> KVCache:
+    """A cache of R rows, row r a copy of row rows[r]; rows i32[R]."""
+    return KVCache(cache.k[:, rows], cache.v[:, rows], cache.lengths[rows])

@@ -1,0 +1,211 @@
+"""The parts of one decoder layer: RMSNorm, rotated attention, SwiGLU.
+
+Every parameter is declared once, by `parameter`: its name, logical axes, sizes, initialiser and
+dtype. `sharding.py` reads the axes. A layer is declared for all layers at once, with `layers` as
+the leading axis; `transformer.py` scans over that axis, so what runs here is one layer.
+
+The mathematics is Hugging Face's Llama and, with QK-norm, Qwen3, so that export is a renaming.
+
+Legend: B rows, S tokens, N heads, K KV heads, H head size, D model, F feed-forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.nn import initializers
+
+from agentx.model.config import ModelConfig
+from agentx.sharding import constrain
+
+Array = jax.Array
+Attend = Callable[[Array, Array, Array], Array]
+
+
+def parameter(
+    rngs: nnx.Rngs, init: initializers.Initializer, config: ModelConfig, **sizes: int
+) -> nnx.Param:
+    """A parameter whose axes are the names of `sizes`: parameter(..., vocab=V, embed=D)."""
+    value = init(rngs.params(), tuple(sizes.values()), jnp.dtype(config.param_dtype))
+    return nnx.Param(value, axes=tuple(sizes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x: Array, w: Array, num_inputs: int = 1) -> Array:
+    """x [B, S, *inputs] times w [*inputs, *outputs]: [B, S, *outputs]; `num_inputs` axes of each.
+
+    Its gradient is JAX's, but for the order of the operands of dw: XLA on a CPU transposes the
+    first of them in memory, and here that is the smaller of the two. Left to JAX, those are the
+    large gradients of the gate and up projections, a third of the time of a training step.
+    """
+    inputs = tuple(range(num_inputs))
+    return lax.dot_general(x, w, ((tuple(2 + i for i in inputs), inputs), ((), ())))
+
+
+def _project_forward(x: Array, w: Array, num_inputs: int) -> tuple[Array, tuple[Array, Array]]:
+    return checkpoint_name(project(x, w, num_inputs), "product"), (x, w)
+
+
+def _project_backward(
+    num_inputs: int, residuals: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, w = residuals
+    outputs = tuple(range(num_inputs, w.ndim))
+    dy_outputs = tuple(range(2, dy.ndim))
+    dx = lax.dot_general(dy, w, ((dy_outputs, outputs), ((), ())))
+    tokens = (((0, 1), (0, 1)), ((), ()))
+    if x.size <= dy.size:
+        return dx, lax.dot_general(x, dy, tokens)
+    dw = lax.dot_general(dy, x, tokens)
+    return dx, jnp.moveaxis(dw, tuple(range(len(outputs))), outputs)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+# The backward pass finds the results of `project` saved, and computes again what lies between them.
+_keep_products = functools.partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names("product"),
+    prevent_cse=False,
+)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in f32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, **sizes: int):
+        self.eps = config.norm_eps
+        self.scale = parameter(rngs, initializers.ones, config, **sizes)
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean_square = jnp.mean(jnp.square(wide), -1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]
+        return normed.astype(x.dtype)
+
+
+def rotation(position_BS: Array, config: ModelConfig) -> tuple[Array, Array]:
+    """Cosines and sines of RoPE's angles, [B, S, H / 2] in f32 (Su et al., 2021).
+
+    Pair i of a head turns by position * theta^(-2i / H); the pairs are (i, i + H / 2).
+    """
+    dtype = jnp.promote_types(config.compute_dtype, jnp.float32)
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim
+    angle = position_BS[..., None].astype(dtype) / config.rope_theta**exponent
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BSNH: Array, turn: tuple[Array, Array]) -> Array:
+    """Every head of x turned by `rotation`'s angles."""
+    cos, sin = (t[:, :, None] for t in turn)
+    first, second = jnp.split(x_BSNH.astype(cos.dtype), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.astype(x_BSNH.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al., 2023); how keys are looked up is the caller's."""
+
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
+        layers, embed, head_dim = config.num_layers, config.d_model, config.head_dim
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        self.config = config
+        inwards = initializers.normal(embed**-0.5)
+        # Every layer adds two terms to the residual stream: so its scale does not grow with depth.
+        outwards = initializers.normal((2 * layers * heads * head_dim) ** -0.5)
+        self.w_q = parameter(
+            rngs, inwards, config, layers=layers, embed=embed, heads=heads, head_dim=head_dim
+        )
+        self.w_k = parameter(
+            rngs, inwards, config, layers=layers, embed=embed, kv_heads=kv_heads, head_dim=head_dim
+        )
+        self.w_v = parameter(
+            rngs, inwards, config, layers=layers, embed=embed, kv_heads=kv_heads, head_dim=head_dim
+        )
+        self.w_o = parameter(
+            rngs, outwards, config, layers=layers, heads=heads, head_dim=head_dim, embed=embed
+        )
+        if config.qk_norm:
+            self.q_norm = RMSNorm(rngs, config, layers=layers, head_dim=head_dim)
+            self.k_norm = RMSNorm(rngs, config, layers=layers, head_dim=head_dim)
+
+    def qkv(self, x_BSD: Array, turn: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """Rotated queries [B, S, N, H], rotated keys and values [B, S, K, H]."""
+        q_BSNH = project(x_BSD, self.w_q[...].astype(x_BSD.dtype))
+        k_BSKH = project(x_BSD, self.w_k[...].astype(x_BSD.dtype))
+        v_BSKH = project(x_BSD, self.w_v[...].astype(x_BSD.dtype))
+        if self.config.qk_norm:
+            q_BSNH, k_BSKH = self.q_norm(q_BSNH), self.k_norm(k_BSKH)
+        return (
+            constrain(rotate(q_BSNH, turn), "batch", "sequence", "heads", None),
+            constrain(rotate(k_BSKH, turn), "batch", "sequence", "kv_heads", None),
+            constrain(v_BSKH, "batch", "sequence", "kv_heads", None),
+        )
+
+    def out(self, o_BSNH: Array) -> Array:
+        """What the heads looked up, as a term of the residual stream [B, S, D]."""
+        return project(o_BSNH, self.w_o[...].astype(o_BSNH.dtype), 2)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: (silu(x W_gate) * x W_up) W_down (Shazeer, 2020)."""
+
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
+        layers, embed, mlp = config.num_layers, config.d_model, config.d_ff
+        inwards = initializers.normal(embed**-0.5)
+        outwards = initializers.normal((2 * layers * mlp) ** -0.5)
+        self.w_gate = parameter(rngs, inwards, config, layers=layers, embed=embed, mlp=mlp)
+        self.w_up = parameter(rngs, inwards, config, layers=layers, embed=embed, mlp=mlp)
+        self.w_down = parameter(rngs, outwards, config, layers=layers, mlp=mlp, embed=embed)
+
+    def __call__(self, x_BSD: Array) -> Array:
+        dtype = x_BSD.dtype
+        gate_BSF = project(x_BSD, self.w_gate[...].astype(dtype))
+        up_BSF = project(x_BSD, self.w_up[...].astype(dtype))
+        gated_BSF = constrain(jax.nn.silu(gate_BSF) * up_BSF, "batch", "sequence", "mlp")
+        return project(gated_BSF, self.w_down[...].astype(dtype))
+
+
+class Layer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
+        sizes = {"layers": config.num_layers, "embed": config.d_model}
+        self.remat = config.remat
+        self.attention_norm = RMSNorm(rngs, config, **sizes)
+        self.attention = Attention(rngs, config)
+        self.mlp_norm = RMSNorm(rngs, config, **sizes)
+        self.mlp = MLP(rngs, config)
+
+    def __call__(
+        self, x_BSD: Array, turn: tuple[Array, Array], attend: Attend
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """The layer's output [B, S, D], and its rotated keys and its values, [B, S, K, H] each.
+
+        attend(q [B, S, N, H], k [B, S, K, H], v [B, S, K, H]) -> [B, S, N, H].
+        """
+
+        def before(x_BSD):
+            with jax.named_scope("qkv"):
+                return self.attention.qkv(self.attention_norm(x_BSD), turn)
+
+        def after(x_BSD, o_BSNH):
+            with jax.named_scope("out"):
+                x_BSD = constrain(x_BSD + self.attention.out(o_BSNH), "batch", "sequence", None)
+            with jax.named_scope("mlp"):
+                x_BSD = x_BSD + self.mlp(self.mlp_norm(x_BSD))
+            return constrain(x_BSD, "batch", "sequence", None)
+
+        if self.remat == "dots":
+            before, after = _keep_products(before), _keep_products(after)
+        q_BSNH, k_BSKH, v_BSKH = before(x_BSD)
+        with jax.named_scope("attention"):
+            o_BSNH = attend(q_BSNH, k_BSKH, v_BSKH)
+        return after(x_BSD, o_BSNH), (k_BSKH, v_BSKH)

@@ -1,0 +1,119 @@
+"""The decoder: embedding, scanned layers, final norm. Training and decoding share every line.
+
+`Transformer(tokens, layout)` gives hidden states, not logits: those exist a chunk at a time, in
+`agentx_kernels.logprob`, from the hidden states and `unembedding()`. `decode` continues rows whose
+earlier keys and values lie in a cache; it returns the new ones and leaves writing to `cache.py`.
+
+Legend: L layers, B rows, S tokens a row or columns of a cache, T new tokens, N heads, K KV heads,
+H head size, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import lax
+from jax.nn import initializers
+
+from agentx.model.config import ModelConfig
+from agentx.model.layers import Layer, RMSNorm, parameter, rotation
+from agentx.sharding import constrain
+from agentx_kernels import hardware as chips
+from agentx_kernels.attention import attention
+from agentx_kernels.decode import decode_attention
+from agentx_kernels.hardware import Hardware
+from agentx_kernels.layout import TreeLayout
+
+Array = jax.Array
+CPU = chips.hardware("cpu")
+
+
+class Transformer(nnx.Module):
+    """A decoder as `config` describes it, compiled for `hardware`."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, hardware: Hardware = CPU):
+        self.config = config
+        self.hardware = hardware
+        sizes = {"vocab": config.vocab_size, "embed": config.d_model}
+        self.embed = parameter(rngs, initializers.normal(config.d_model**-0.5), config, **sizes)
+        self.layers = Layer(rngs, config)
+        self.final_norm = RMSNorm(rngs, config, embed=config.d_model)
+        if not config.tie_embeddings:
+            self.lm_head = parameter(rngs, initializers.normal(0.02), config, **sizes)
+
+    def __call__(self, tokens: Array, layout: TreeLayout) -> Array:
+        """Hidden states [B, S, D] after the final norm; tokens i32[B, S], layout [B, S]."""
+        config = self.config
+        graphdef, weights = nnx.split(self.layers)
+        turn = rotation(layout.position, config)
+
+        def attend(q, k, v):
+            return attention(q, k, v, layout=layout, hardware=self.hardware)
+
+        def one_layer(x_BSD, layer_weights):
+            x_BSD, _ = nnx.merge(graphdef, layer_weights)(x_BSD, turn, attend)
+            return x_BSD, None
+
+        if config.remat == "full":
+            one_layer = jax.checkpoint(one_layer, prevent_cse=False)
+        x_BSD, _ = lax.scan(one_layer, self._embed(tokens), weights)
+        return self.final_norm(x_BSD)
+
+    def decode(
+        self, tokens: Array, positions: Array, cache_k: Array, cache_v: Array, lengths: Array
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """The hidden states of new tokens, which see a cache and one another causally.
+
+        tokens, positions: i32[B, T]. cache_k, cache_v: [L, B, K, S, H]. lengths: i32[B], how many
+        columns of the cache each row sees.
+
+        Returns (hidden [B, T, D], (k [L, B, K, T, H], v [L, B, K, T, H])), the new tokens' keys and
+        values, for `cache.write`.
+        """
+        graphdef, weights = nnx.split(self.layers)
+        turn = rotation(positions, self.config)
+
+        def one_layer(x_BTD, layer):
+            layer_weights, k_BKSH, v_BKSH = layer
+
+            def attend(q, k, v):
+                new = k.swapaxes(1, 2), v.swapaxes(1, 2)
+                return decode_attention(q, k_BKSH, v_BKSH, *new, lengths=lengths)
+
+            x_BTD, (k, v) = nnx.merge(graphdef, layer_weights)(x_BTD, turn, attend)
+            return x_BTD, (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+        # The scan copies each layer's weights and cache out of their stacks; yet on a CPU a Python
+        # loop over separate layers is no faster (8 layers of 256, 16 rows, 320 columns): both are
+        # bound by reading weights and cache from memory, and a copy leaves them in the CPU's cache.
+        x_BTD, new_kv = lax.scan(one_layer, self._embed(tokens), (weights, cache_k, cache_v))
+        return self.final_norm(x_BTD), new_kv
+
+    def unembedding(self) -> Array:
+        """[V, D] in the type of the activations: logits are hidden @ unembedding().T."""
+        table = self.embed if self.config.tie_embeddings else self.lm_head
+        return table[...].astype(self.config.compute_dtype)
+
+    def _embed(self, tokens_BS: Array) -> Array:
+        with jax.named_scope("embed"):
+            x_BSD = self.embed[...].astype(self.config.compute_dtype)[tokens_BS]
+            return constrain(x_BSD, "batch", "sequence", None)
+
+
+def abstract_transformer(config: ModelConfig, *, hardware: Hardware = CPU) -> Transformer:
+    """A Transformer whose parameters have no values yet: what a step is made from."""
+    return nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0), hardware=hardware))
+
+
+def init_params(model: Transformer, key: Array, shardings: Any = None) -> nnx.State:
+    """Fresh parameters of a model, abstract or not, born under jit with `shardings`.
+
+    The values depend on the key alone, not on the mesh.
+    """
+
+    def init(key):
+        return nnx.state(Transformer(model.config, nnx.Rngs(key), hardware=model.hardware))
+
+    return jax.jit(init, out_shardings=shardings)(key)

@@ -1,0 +1,213 @@
+"""Episodes: an engine plays the assistant in an environment, a group of them for every task.
+
+In: tasks, an engine that holds the policy, a renderer. Out: `Episode`s, each with a `Trajectory`
+whose ids are exactly what was sampled and what was fed. Nothing sampled is ever encoded again: the
+spans of a turn are cut from its ids, and only the observation's ids are added.
+
+What goes wrong is counted, never hidden: an episode whose environment crashed or timed out has
+`failure` set and does not train (its trajectory is empty where `reset` failed); one that ran out of
+context is `truncated`, keeps its reward of 0 and does. A group trains when at least two of its
+episodes did not crash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from agentx.env.base import CallRecord, Env, Task
+from agentx.render import ToolRenderer
+from agentx.sample.engine import Engine, Session
+from agentx.trajectory import Message, Outcome, Trajectory
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutLimits:
+    """Bounds of an episode: tokens of a turn, wall-clock seconds of env.reset and env.step."""
+
+    max_new_tokens: int = 32
+    step_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.step_timeout_s <= 0:
+            raise ValueError(
+                "max_new_tokens must be at least 1 and step_timeout_s positive, got "
+                f"{self.max_new_tokens} and {self.step_timeout_s}"
+            )
+
+
+@dataclasses.dataclass
+class Episode:
+    """One attempt at a task. `failure` says why the environment broke down, where it did."""
+
+    task: Task
+    trajectory: Trajectory
+    calls: tuple[CallRecord, ...]
+    reward: float
+    truncated: bool = False
+    failure: str = ""
+
+
+async def _guarded(call: Awaitable[T], name: str, limits: RolloutLimits) -> tuple[T | None, str]:
+    """What a coroutine of an environment returns, or else why it did not."""
+    try:
+        return await asyncio.wait_for(call, limits.step_timeout_s), ""
+    except TimeoutError:
+        return None, f"{name} took over {limits.step_timeout_s:g} s"
+    except Exception as error:  # an environment's own fault must not end the run
+        return None, f"{name} raised {type(error).__name__}: {error}"
+
+
+async def run_episode(
+    engine: Engine,
+    session: Session,
+    env: Env,
+    task: Task,
+    messages: Sequence[Message],
+    renderer: ToolRenderer,
+    limits: RolloutLimits,
+) -> Episode:
+    """Plays one episode to its end in `session`, whose cache already holds the prompt."""
+    spans = renderer.render(messages, env.tools)
+    trajectory = Trajectory(spans, task_id=task.id, num_prompt_spans=len(spans))
+    episode = Episode(task, trajectory, (), 0.0)
+    pending: np.ndarray = np.zeros(0, np.int32)
+    failed_before = False
+    while True:
+        turn = await engine.generate(session, pending, limits.max_new_tokens)
+        message = renderer.parse(turn.ids, env.tools)
+        done, outcome, observed = True, Outcome.FAILED, []
+        if turn.stop_reason == "context":
+            episode.truncated = True
+        else:
+            observation, episode.failure = await _guarded(env.step(message), "env.step", limits)
+            if observation is not None:
+                try:
+                    observed = renderer.render_observations(observation.messages)
+                except ValueError as error:
+                    episode.failure = f"env.step gave what cannot be rendered: {error}"
+                else:
+                    done = observation.done
+                    episode.reward = observation.reward if done else 0.0
+                    trajectory.info.update(observation.info)
+                    failed = any(m.outcome is Outcome.FAILED for m in observation.messages)
+                    recovered = failed_before and not failed and bool(message.tool_calls)
+                    outcome = Outcome.RECOVERED if recovered else Outcome.OK
+                    outcome = Outcome.FAILED if failed else outcome
+                    failed_before = failed
+        spans.extend(renderer.sampled_spans(turn.ids, turn.logprobs, turn.weight_version, outcome))
+        if done:
+            break
+        pending = np.concatenate([s.ids for s in observed])
+        if len(trajectory) + len(pending) >= engine.max_length:
+            episode.truncated = True
+            break
+        spans.extend(observed)
+    trajectory.reward = episode.reward
+    episode.calls = tuple(env.calls)
+    return episode
+
+
+async def _run_group(
+    engine: Engine,
+    make_env: Callable[[], Env],
+    task: Task,
+    group: int,
+    request_ids: Sequence[int],
+    renderer: ToolRenderer,
+    limits: RolloutLimits,
+) -> list[Episode]:
+    """All the episodes of one task: the prompt is prefilled once and forked."""
+    envs = [make_env() for _ in request_ids]
+    resets = [await _guarded(env.reset(task), "env.reset", limits) for env in envs]
+    prompts = [messages for messages, _ in resets if messages is not None]
+    if any(p != prompts[0] for p in prompts):
+        raise ValueError(f"task {task.id}: its episodes began with different prompts")
+    episodes = [
+        Episode(task, Trajectory([], task_id=task.id), (), 0.0, failure=failure)
+        for _, failure in resets
+    ]
+    ready = [number for number, (messages, _) in enumerate(resets) if messages is not None]
+    if ready:
+        spans = renderer.render(prompts[0], envs[ready[0]].tools)
+        ids = np.concatenate([s.ids for s in spans])
+        sessions = await engine.open_group(ids, [request_ids[number] for number in ready])
+
+        async def play(number: int, session: Session) -> None:
+            try:
+                episodes[number] = await run_episode(
+                    engine, session, envs[number], task, prompts[0], renderer, limits
+                )
+            finally:
+                engine.close(session)
+
+        await asyncio.gather(*map(play, ready, sessions))
+    for episode in episodes:
+        episode.trajectory.group = group
+    return episodes
+
+
+def run_groups(
+    engine: Engine,
+    make_env: Callable[[], Env],
+    tasks: Sequence[Task],
+    renderer: ToolRenderer,
+    limits: RolloutLimits,
+    *,
+    group_size: int,
+    first_request: int = 0,
+) -> list[list[Episode]]:
+    """`group_size` episodes for every task, all at once, in the order of `tasks`.
+
+    Request ids count up from `first_request`: with the engine's seed they fix every draw, whatever
+    order the episodes run in.
+    """
+
+    async def all_groups() -> list[list[Episode]]:
+        return await asyncio.gather(
+            *(
+                _run_group(
+                    engine,
+                    make_env,
+                    task,
+                    number,
+                    range(
+                        first_request + number * group_size,
+                        first_request + (number + 1) * group_size,
+                    ),
+                    renderer,
+                    limits,
+                )
+                for number, task in enumerate(tasks)
+            )
+        )
+
+    return asyncio.run(all_groups())
+
+
+def trainable(groups: Sequence[Sequence[Episode]]) -> tuple[list[list[Episode]], dict[str, float]]:
+    """The groups that train, and the counts of what did not.
+
+    Crashed episodes leave their group; a group with fewer than two left cannot compare and goes.
+    """
+    kept, crashed, dropped = [], 0, 0
+    for group in groups:
+        whole = [e for e in group if not e.failure]
+        crashed += len(group) - len(whole)
+        if len(whole) >= 2:
+            kept.append(whole)
+        else:
+            dropped += 1
+    episodes = [e for group in groups for e in group]
+    return kept, {
+        "episodes": float(len(episodes)),
+        "episodes_crashed": float(crashed),
+        "episodes_truncated": float(sum(e.truncated for e in episodes)),
+        "groups_dropped": float(dropped),
+    }

@@ -1,0 +1,353 @@
+"""Where batches come from: a dataset, rollouts by the current policy, or both in one batch.
+
+A config (`DatasetSource`, `RolloutSource`, `MixtureSource`: what gin binds) is opened into a
+`BatchSource`, which the driver asks for the batch of each step. A batch is a pure function of the
+run's seed, the step and, for rollouts, the parameters: so a run goes on exactly where it was
+killed. `batch_shapes` of a config says [rows, length] of its batches before any is made.
+
+One RL step, in four points:
+1. `num_groups` tasks are drawn, and each is played `group_size` times by the current policy.
+2. Rewards become advantages within each group; groups without a difference are left out.
+3. A group becomes one prefix tree, its prompt computed once, with the sampler's logprobs.
+4. The batch goes to the same `train_step` as every other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from agentx.advantages import Kind, group_advantages
+from agentx.batch import Batch
+from agentx.data.objectives import Objective
+from agentx.data.pack import pack_groups, rows_needed
+from agentx.data.pipeline import MixturePipeline, Source, prefetch
+from agentx.data.store import TokenStore
+from agentx.env.base import TaskSet
+from agentx.model.config import ModelConfig
+from agentx.render import ToolRenderer
+from agentx.rollout import Episode, RolloutLimits, run_groups, trainable
+from agentx.sample.engine import Engine
+from agentx.tokenizer import Tokenizer
+from agentx_kernels.layout import TreeLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceContext:
+    """What a source needs to know of the run. Steps from first_step up to num_steps are to come."""
+
+    tokenizer: Tokenizer
+    model: ModelConfig
+    mesh: Mesh
+    seed: int
+    first_step: int
+    num_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceBatch:
+    """A batch (numpy), what making it measured, and the groups that were played for it, if any.
+
+    `advantages` has one array for each group, one number for each of its episodes.
+    """
+
+    batch: Batch
+    metrics: dict[str, float]
+    groups: list[list[Episode]] = dataclasses.field(default_factory=list)
+    advantages: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+
+class BatchSource(Protocol):
+    """Batches by step. `fingerprint` changes with anything that changes a batch."""
+
+    fingerprint: str
+
+    def batch(self, step: int, params: nnx.State) -> SourceBatch: ...
+
+    def close(self) -> None: ...
+
+
+# --------------------------------------------------------------------------------------------------
+# Datasets
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A token store, what to make of it, and its share of the rows relative to the others'."""
+
+    store: str
+    objective: Objective
+    share: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSource:
+    """Batches of [rows, length] from one or more datasets, mixed by share."""
+
+    datasets: tuple[Dataset, ...]
+    rows: int
+    length: int
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by in the loss: data is modelled as it is."""
+        return 1.0
+
+    @property
+    def batch_shapes(self) -> tuple[tuple[int, int], ...]:
+        return ((self.rows, self.length),)
+
+    def open(self, context: SourceContext) -> BatchSource:
+        _check_length(self.length, context.model)
+        return _DatasetBatches(self, context)
+
+
+class _DatasetBatches:
+    def __init__(self, config: DatasetSource, context: SourceContext):
+        fingerprint = context.tokenizer.fingerprint
+        sources = [
+            Source(
+                d.store,
+                TokenStore.open(d.store, tokenizer_fingerprint=fingerprint),
+                d.objective,
+                d.share,
+            )
+            for d in config.datasets
+        ]
+        self._pipeline = MixturePipeline(sources, config.rows, config.length, context.seed)
+        self.fingerprint = self._pipeline.fingerprint
+        self._steps = prefetch(self._pipeline.batch, context.first_step, context.num_steps)
+
+    def batch(self, step: int, params: nnx.State) -> SourceBatch:
+        made, batch = next(self._steps)
+        assert made == step, f"asked for batch {step}, the next one is {made}"
+        return SourceBatch(batch, {})
+
+    def close(self) -> None:
+        self._steps.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# Rollouts
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSource:
+    """Groups of episodes by the current policy, with their advantages.
+
+    tasks: what to play. num_groups x group_size episodes a step, at `temperature`. rows, length:
+    the batch; a step is padded up to a quarter, half or all of `rows`, or, where its groups need
+    more, to a multiple of it, so that few shapes are compiled. advantages: see `group_advantages`.
+    normalise: whether a token or a sequence counts the same. tree: a group as one prefix tree, or
+    as rows of its own.
+    """
+
+    tasks: TaskSet
+    num_groups: int
+    group_size: int
+    rows: int
+    length: int
+    temperature: float = 1.0
+    advantages: Kind = "grpo"
+    normalise: Literal["token", "sequence"] = "token"
+    tree: bool = True
+    limits: RolloutLimits = dataclasses.field(default_factory=RolloutLimits)
+
+    def __post_init__(self) -> None:
+        if self.num_groups < 1 or self.group_size < 2:
+            raise ValueError(
+                f"num_groups must be at least 1 and group_size at least 2, got {self.num_groups} "
+                f"and {self.group_size}"
+            )
+        if self.rows < 4 or self.rows % 4:
+            raise ValueError(f"rows must be a multiple of 4, got {self.rows}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+
+    @property
+    def batch_shapes(self) -> tuple[tuple[int, int], ...]:
+        return tuple((rows, self.length) for rows in (self.rows // 4, self.rows // 2, self.rows))
+
+    def open(self, context: SourceContext) -> BatchSource:
+        _check_length(self.length, context.model)
+        return _RolloutBatches(self, context)
+
+
+class _RolloutBatches:
+    def __init__(self, config: RolloutSource, context: SourceContext):
+        self._config, self._seed = config, context.seed
+        self._renderer = ToolRenderer(context.tokenizer)
+        self._engine = Engine(
+            context.model,
+            mesh=context.mesh,
+            num_slots=config.num_groups * config.group_size,
+            max_length=config.length,
+            stop_ids=self._renderer.stop_ids,
+            temperature=config.temperature,
+            seed=context.seed,
+        )
+        identity = repr((config, context.seed, context.tokenizer.fingerprint))
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+
+    def _tasks(self, step: int) -> list[Any]:
+        """The step's tasks: the set in a fresh order every epoch, each in a world of its own."""
+        tasks, config = self._config.tasks, self._config
+        chosen = []
+        for number in range(step * config.num_groups, (step + 1) * config.num_groups):
+            epoch, place = divmod(number, len(tasks))
+            order = np.random.Generator(np.random.Philox(key=[self._seed, 2 * epoch]))
+            index = int(order.permutation(len(tasks))[place])
+            world = np.random.Generator(np.random.Philox(key=[self._seed, 2 * number + 1]))
+            chosen.append(tasks.task(index, seed=int(world.integers(2**62))))
+        return chosen
+
+    def batch(self, step: int, params: nnx.State) -> SourceBatch:
+        config, start = self._config, time.perf_counter()
+        self._engine.set_params(params, version=step)
+        groups = run_groups(
+            self._engine,
+            config.tasks.env,
+            self._tasks(step),
+            self._renderer,
+            config.limits,
+            group_size=config.group_size,
+            first_request=step * config.num_groups * config.group_size,
+        )
+        rollout_s = time.perf_counter() - start
+        groups, counts = trainable(groups)
+        advantages = [
+            group_advantages(np.array([[e.reward for e in group]]), config.advantages)[0]
+            for group in groups
+        ]
+        useful = [i for i, a in enumerate(advantages) if np.any(a)]
+        batch = self._pack([groups[i] for i in useful], [advantages[i] for i in useful])
+        episodes = [e for group in groups for e in group]
+        metrics = counts | {
+            "reward": _mean([e.reward for e in episodes]),
+            "groups_useful": float(len(useful)),
+            "rows": float(len(batch.tokens)),
+            "calls_per_episode": _mean([len(e.calls) for e in episodes]),
+            "calls_valid": _mean([c.valid for e in episodes for c in e.calls]),
+            "rollout_s": rollout_s,
+        }
+        return SourceBatch(batch, metrics, groups, advantages)
+
+    def _pack(self, groups: list[list[Episode]], advantages: list[np.ndarray]) -> Batch:
+        config = self._config
+        trajectories = [[e.trajectory for e in group] for group in groups]
+        needed = rows_needed(trajectories, config.length, tree=config.tree)
+        larger = math.ceil(needed / config.rows) * config.rows
+        rows = next((rows for rows, _ in config.batch_shapes if rows >= needed), larger)
+        return pack_groups(
+            trajectories,
+            advantages,
+            rows,
+            config.length,
+            tree=config.tree,
+            normalise=config.normalise,
+        )
+
+    def close(self) -> None:
+        return None
+
+
+# --------------------------------------------------------------------------------------------------
+# Both
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureSource:
+    """Rows of data and rows of rollouts in one batch: pretraining and RL at the same time.
+
+    The step divides by the weights of all of it, so `data_weight` scales a data token's loss weight
+    against a sampled token's.
+    """
+
+    data: DatasetSource
+    rollouts: RolloutSource
+    data_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.data.length != self.rollouts.length:
+            raise ValueError(
+                f"data rows of {self.data.length} tokens and rollout rows of "
+                f"{self.rollouts.length} cannot share a batch: give both the same length"
+            )
+
+    @property
+    def temperature(self) -> float:
+        return self.rollouts.temperature
+
+    @property
+    def batch_shapes(self) -> tuple[tuple[int, int], ...]:
+        return tuple((self.data.rows + rows, length) for rows, length in self.rollouts.batch_shapes)
+
+    def open(self, context: SourceContext) -> BatchSource:
+        return _MixtureBatches(self, context)
+
+
+class _MixtureBatches:
+    def __init__(self, config: MixtureSource, context: SourceContext):
+        self._data = config.data.open(context)
+        self._rollouts = config.rollouts.open(context)
+        self._data_weight = config.data_weight
+        identity = f"{self._data.fingerprint} {self._rollouts.fingerprint} {config.data_weight}"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+
+    def batch(self, step: int, params: nnx.State) -> SourceBatch:
+        data = self._data.batch(step, params).batch
+        rollouts = self._rollouts.batch(step, params)
+        zeros: Any = np.zeros_like(data.weights)
+        data = data._replace(
+            weights=data.weights * np.float32(self._data_weight),
+            from_policy=zeros,
+            advantages=zeros,
+            sampler_logprobs=zeros,
+        )
+        return dataclasses.replace(rollouts, batch=concatenate(data, rollouts.batch))
+
+    def close(self) -> None:
+        self._data.close()
+        self._rollouts.close()
+
+
+def concatenate(first: Batch, second: Batch) -> Batch:
+    """The rows of both; fields that either leaves out must be left out by both."""
+    fields: dict[str, Any] = {}
+    for name in Batch._fields:
+        a, b = getattr(first, name), getattr(second, name)
+        if (a is None) != (b is None):
+            raise ValueError(f"one of the batches has {name} and the other has not")
+        if isinstance(a, TreeLayout):
+            fields[name] = TreeLayout(*(np.concatenate(pair) for pair in zip(a, b, strict=True)))
+        elif a is not None:
+            fields[name] = np.concatenate([a, b])
+    return Batch(**fields)
+
+
+# --------------------------------------------------------------------------------------------------
+# Small parts
+# --------------------------------------------------------------------------------------------------
+
+
+def _check_length(length: int, model: ModelConfig) -> None:
+    if length > model.max_length:
+        raise ValueError(
+            f"rows of {length} tokens are longer than the model's max_length of {model.max_length}"
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    """0 of nothing."""
+    return float(np.mean(values)) if values else 0.0

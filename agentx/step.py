@@ -1,0 +1,189 @@
+"""The one train step: (state, batch) -> (state, metrics), for every kind of training.
+
+Hidden states by the model, log-probabilities of the targets, a loss per target, a sum over the
+whole batch divided by the sum of all its weights, one update. The batch may be cut into
+micro-batches that are computed one after the other; since the divisor is the whole batch's, that
+changes nothing.
+
+Everything is compiled once with its shardings: parameters and optimizer moments as
+`sharding.tree_shardings` lays them, the batch over its rows and tokens.
+
+Legend: B rows, S tokens a row, M micro-batches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from agentx.batch import Batch
+from agentx.losses import Loss
+from agentx.model.transformer import Transformer, init_params
+from agentx.optim import Optimizer
+from agentx.sharding import batch_sharding, check_batch, tree_shardings
+from agentx_kernels import logprob
+
+Array = jax.Array
+Metrics = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """step: i32[], updates made so far. params: nnx.State. opt_state: optax's."""
+
+    step: Any
+    params: nnx.State
+    opt_state: Any
+
+
+def token_logprobs(model: Transformer, batch: Batch, temperature: float) -> tuple[Array, Array]:
+    """Log-probabilities of the batch's targets, and entropies, f32[B, S] each."""
+    hidden_BSD = model(batch.tokens, batch.layout)
+    with jax.named_scope("logprob"):
+        return logprob.token_logprobs(
+            hidden_BSD, model.unembedding(), batch.targets, temperature=temperature
+        )
+
+
+def make_train_step(
+    model: Transformer,
+    loss: Loss,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    *,
+    num_micro_batches: int = 1,
+    temperature: float = 1.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step of a model (which may be abstract), jitted. It donates the state.
+
+    num_micro_batches: into how many parts the rows are cut, to save memory.
+    temperature: what logits are divided by; a policy's is the one it samples with.
+
+    Metrics, f32[] each: loss; weight_sum, the sum of weights; tokens, how many had weight;
+    grad_norm, before clipping; learning_rate; nonfinite/GROUP, 1 where the gradients of a top-level
+    group of parameters hold a NaN or an infinity; and the loss's own. A batch without weight has
+    loss 0 and gradients of 0.
+
+    The step raises ValueError where the batch does not divide evenly over micro-batches and
+    devices. The jitted function behind that check is its `__wrapped__`, to compile ahead of time.
+    """
+    graphdef, abstract_params = nnx.split(model)
+
+    def micro_batch_loss(params: nnx.State, batch: Batch, normaliser: Array) -> tuple[Array, dict]:
+        logprobs_BS, entropy_BS = token_logprobs(nnx.merge(graphdef, params), batch, temperature)
+        values_BS, metrics = loss(logprobs_BS, entropy_BS, batch)
+        total = jnp.sum(values_BS * batch.weights, where=batch.weights > 0)
+        return total / normaliser, metrics
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        weight_sum = jnp.sum(batch.weights)
+        normaliser = jnp.where(weight_sum > 0, weight_sum, 1)
+
+        def accumulate(carry, micro_batch):
+            (value, metrics), grads = jax.value_and_grad(micro_batch_loss, has_aux=True)(
+                state.params, micro_batch, normaliser
+            )
+            return jax.tree.map(jnp.add, carry, (value, grads)), metrics
+
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+            micro_batches_MBS = jax.tree.map(lambda x: _cut(x, num_micro_batches), batch)
+            (value, grads), loss_metrics = lax.scan(accumulate, nothing, micro_batches_MBS)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": value,
+            "weight_sum": weight_sum,
+            "tokens": jnp.sum(batch.weights > 0, dtype=jnp.float32),
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.float32(optimizer.learning_rate(state.step)),
+            **{f"nonfinite/{group}": _is_nonfinite(g) for group, g in grads.items()},
+            **{name: metric.result() for name, metric in loss_metrics.items()},
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    state_shardings = tree_shardings(_abstract_state(abstract_params, optimizer), mesh)
+    jitted = jax.jit(
+        train_step,
+        in_shardings=(state_shardings, batch_sharding(mesh)),
+        out_shardings=(state_shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+    return _checked(jitted, mesh, num_micro_batches)
+
+
+def make_score_step(
+    model: Transformer, mesh: Mesh, *, temperature: float = 1.0
+) -> Callable[[nnx.State, Batch], tuple[Array, Array]]:
+    """A jitted (params, batch) -> (logprobs, entropy), f32[B, S] each, of the batch's targets.
+
+    For `Batch.old_logprobs` and, with frozen parameters, `Batch.reference_logprobs`. Raises
+    ValueError as the train step does.
+    """
+    graphdef, abstract_params = nnx.split(model)
+
+    def score_step(params: nnx.State, batch: Batch) -> tuple[Array, Array]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return token_logprobs(nnx.merge(graphdef, params), batch, temperature)
+
+    rows = batch_sharding(mesh)
+    in_shardings = (tree_shardings(abstract_params, mesh), rows)
+    return _checked(jax.jit(score_step, in_shardings=in_shardings, out_shardings=rows), mesh, 1)
+
+
+def init_state(model: Transformer, optimizer: Optimizer, mesh: Mesh, key: Array) -> TrainState:
+    """A fresh state, born sharded: no parameter is ever whole on a device that holds a part.
+
+    The values depend on the key alone, not on the mesh.
+    """
+
+    def init(key: Array) -> TrainState:
+        params = init_params(model, key)
+        return TrainState(jnp.int32(0), params, optimizer.transform.init(params))
+
+    return jax.jit(init, out_shardings=tree_shardings(jax.eval_shape(init, key), mesh))(key)
+
+
+def abstract_state(model: Transformer, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """The shapes, types and shardings of `init_state`'s arrays: what a checkpoint restores into."""
+    state = _abstract_state(nnx.state(model), optimizer)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        tree_shardings(state, mesh),
+    )
+
+
+def _checked(jitted: Any, mesh: Mesh, num_micro_batches: int) -> Any:
+    """`jitted` (state, batch), which first says in one sentence if the batch does not divide."""
+
+    @functools.wraps(jitted)
+    def step(state: Any, batch: Batch) -> Any:
+        check_batch(batch.tokens.shape, mesh, num_micro_batches)
+        return jitted(state, batch)
+
+    return step
+
+
+def _abstract_state(abstract_params: nnx.State, optimizer: Optimizer) -> TrainState:
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    opt_state = jax.eval_shape(optimizer.transform.init, abstract_params)
+    return TrainState(step, abstract_params, opt_state)
+
+
+def _cut(x_BS: Array, num_micro_batches: int) -> Array:
+    """[B, S] -> [M, B / M, S]. Every M-th row, so that each device keeps the rows it has."""
+    return x_BS.reshape(-1, num_micro_batches, *x_BS.shape[1:]).swapaxes(0, 1)
+
+
+def _is_nonfinite(grads: Any) -> Array:
+    finite = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]
+    return 1.0 - jnp.all(jnp.stack(finite)).astype(jnp.float32)

@@ -1,0 +1,256 @@
+"""The one driver: pretraining, SFT, RL and mixtures of them are all this loop.
+
+In: a `TrainConfig`, a folder for the run. Out, in that folder:
+
+    config.gin        the resolved config (written by the command line)
+    tokenizer.model   the tokenizer that the run used
+    checkpoints/      state, step and what they belong to
+    metrics.jsonl     one record a logged step
+
+Started again in the same folder, a run goes on from its newest complete checkpoint, and its
+parameters are bit for bit those of a run that was never stopped. SIGTERM saves and ends in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from agentx.checkpoint import CheckpointStore, read_extras, restore_params
+from agentx.losses import NextTokenLoss, PolicyGradientLoss
+from agentx.metrics import MetricsWriter, Progress
+from agentx.model.config import ModelConfig
+from agentx.model.transformer import abstract_transformer
+from agentx.optim import OptimizerConfig, make_optimizer
+from agentx.sharding import MeshConfig, check_batch, make_mesh, tree_shardings
+from agentx.source import DatasetSource, MixtureSource, RolloutSource, SourceBatch, SourceContext
+from agentx.step import abstract_state, init_state, make_train_step
+from agentx.tokenizer import Tokenizer
+
+# What the progress line shows of the metrics.
+_SHOWN = ("loss", "reward")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run.
+
+    model, source, loss, optimizer, mesh: what is trained, on what, how, and on which devices.
+    tokenizer: path of the tokenizer. num_steps: optimizer steps. init_from: a run whose parameters
+    this one begins with; "" for fresh ones. checkpoint_every, log_every: in steps; one whose batch
+    comes with measurements of its own, as rollouts do, is always logged.
+    """
+
+    model: ModelConfig
+    source: DatasetSource | RolloutSource | MixtureSource
+    loss: NextTokenLoss | PolicyGradientLoss
+    optimizer: OptimizerConfig
+    tokenizer: str
+    num_steps: int
+    seed: int = 0
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    num_micro_batches: int = 1
+    init_from: str = ""
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "num_micro_batches", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"TrainConfig.{name} is {getattr(self, name)}; it must be 1 or more"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSummary:
+    """Where a run stands. `tokens`, `seconds`: of all its steps, whichever process made them.
+
+    interrupted: whether SIGTERM ended it before its last step.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    interrupted: bool
+
+
+def checkpoint_dir(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def train(
+    config: TrainConfig, run_dir: Path, on_batch: Callable[[int, SourceBatch], None] | None = None
+) -> RunSummary:
+    """Runs `config` in `run_dir` to its last step, or until SIGTERM.
+
+    on_batch: called after each step with its number and what was trained on. Raises ValueError
+    where the config does not fit its inputs, the devices or what `run_dir` was begun with, and
+    FloatingPointError where the loss or a gradient is no number.
+    """
+    # ---------------------------------------------------------------- what is trained
+    tokenizer = Tokenizer.load(config.tokenizer)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer {config.tokenizer} has {tokenizer.vocab_size} pieces but the model's "
+            f"vocab_size is {config.model.vocab_size}: set ModelConfig.vocab_size to the former"
+        )
+    mesh = make_mesh(config.mesh)
+    for shape in config.source.batch_shapes:
+        check_batch(shape, mesh, config.num_micro_batches)
+    model = abstract_transformer(config.model)
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    train_step = make_train_step(
+        model,
+        config.loss,
+        optimizer,
+        mesh,
+        num_micro_batches=config.num_micro_batches,
+        temperature=config.source.temperature,
+    )
+
+    with (
+        _until_sigterm() as stop,
+        CheckpointStore(checkpoint_dir(run_dir), keep=config.keep_checkpoints) as checkpoints,
+    ):
+        # ------------------------------------------------------------ where to begin
+        restored = checkpoints.restore(abstract_state(model, optimizer, mesh))
+        first_step = 0 if restored is None else restored.step
+        source = config.source.open(
+            SourceContext(tokenizer, config.model, mesh, config.seed, first_step, config.num_steps)
+        )
+        extras = {
+            "model": dataclasses.asdict(config.model),
+            "tokenizer": tokenizer.fingerprint,
+            "source": source.fingerprint,
+            "seed": config.seed,
+        }
+        if restored is not None:
+            _check_same_run(restored.extras, extras, run_dir)
+            state, before = restored.state, restored.extras
+        else:
+            params = None
+            if config.init_from:
+                params = load_params(Path(config.init_from), model, mesh, tokenizer)
+            state = init_state(model, optimizer, mesh, jax.random.key(config.seed))
+            state = state if params is None else state._replace(params=params)
+            before = {"tokens": 0, "seconds": 0.0}
+        if Path(config.tokenizer).resolve() != (run_dir / "tokenizer.model").resolve():
+            shutil.copyfile(config.tokenizer, run_dir / "tokenizer.model")
+
+        # ------------------------------------------------------------ the loop
+        step, tokens, seconds = first_step, before["tokens"], before["seconds"]
+        started = time.perf_counter() - seconds
+        shown: dict[str, float] = {}
+        is_last = step >= config.num_steps or stop.is_set()
+        with (
+            closing(source),
+            MetricsWriter(run_dir, resume_from=first_step) as writer,
+            Progress(run_dir.name, config.num_steps, done=first_step) as progress,
+        ):
+            while not is_last:
+                made = source.batch(step, state.params)
+                state, measured = train_step(state, made.batch)
+                step += 1
+                num_tokens = int(np.count_nonzero(made.batch.layout.subtree_end))
+                tokens += num_tokens
+                # Asked once a step: a signal that comes after this ends the next step.
+                is_last = step >= config.num_steps or stop.is_set()
+                is_saved = is_last or step % config.checkpoint_every == 0
+                if step % config.log_every == 0 or is_saved or made.metrics:
+                    values = _to_floats(measured) | made.metrics
+                    _check_finite(values, step)
+                    writer.write(step, num_tokens=num_tokens, **values)
+                    shown = {name: values[name] for name in _SHOWN if name in values}
+                progress.update(step, num_tokens=num_tokens, **shown)
+                if on_batch is not None:
+                    on_batch(step, made)
+                if is_saved:
+                    seconds = time.perf_counter() - started
+                    totals = {"tokens": tokens, "seconds": seconds}
+                    checkpoints.save(step, state, extras | totals)
+        checkpoints.wait()
+    return RunSummary(step, tokens, seconds, step < config.num_steps)
+
+
+def load_params(run_dir: Path, model: Any, mesh: Any, tokenizer: Tokenizer | None) -> nnx.State:
+    """The parameters of a run's newest complete checkpoint, sharded for `mesh`.
+
+    Raises ValueError where there is none, or where it was trained with another tokenizer.
+    """
+    folder = checkpoint_dir(run_dir)
+    if not folder.is_dir():
+        raise ValueError(f"{run_dir} is no run: it has no checkpoints folder")
+    _, extras = read_extras(folder)
+    if tokenizer is not None and extras["tokenizer"] != tokenizer.fingerprint:
+        raise ValueError(
+            f"{run_dir} was trained with another tokenizer: use {run_dir / 'tokenizer.model'}"
+        )
+    params = nnx.state(model)
+    shardings = tree_shardings(params, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings
+    )
+    return restore_params(folder, abstract).state
+
+
+def model_config_of(run_dir: Path) -> ModelConfig:
+    """The config of the model that a run trained."""
+    if not checkpoint_dir(run_dir).is_dir():
+        raise ValueError(f"{run_dir} is no run: it has no checkpoints folder")
+    return ModelConfig(**read_extras(checkpoint_dir(run_dir))[1]["model"])
+
+
+def _check_same_run(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
+    if before["tokenizer"] != now["tokenizer"]:
+        raise ValueError(
+            f"{run_dir} was begun with another tokenizer: go on with "
+            f"{run_dir / 'tokenizer.model'}, or give another --run folder"
+        )
+    if before["source"] != now["source"]:
+        raise ValueError(
+            f"{run_dir} was begun with other data, objectives or seed: give another --run folder "
+            "or the config that it was begun with"
+        )
+
+
+def _to_floats(measured: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(measured).items()}
+
+
+def _check_finite(values: dict[str, float], step: int) -> None:
+    """A loss that is no number stops the run, and says which parameters went first."""
+    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+        return
+    groups = [n.removeprefix("nonfinite/") for n, v in values.items() if "nonfinite/" in n and v]
+    raise FloatingPointError(
+        f"the loss or a gradient is not finite at step {step} (loss {values['loss']}); gradients "
+        f"that are not: {', '.join(groups) or 'none'}. Lower OptimizerConfig.learning_rate"
+    )
+
+
+@contextmanager
+def _until_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; the handler of before is put back at the end."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,1 @@
+"""Attention, decoding and log-probabilities for training agents. Knows nothing of agentx."""

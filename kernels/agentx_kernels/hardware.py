@@ -1,0 +1,54 @@
+"""What the kernels need to know of a chip. It is passed in: nothing here asks the runtime.
+
+So everything compiles ahead of time for a chip that is not there. Figures are the makers'
+published peaks, dense, per device as JAX counts devices (a v5p chip is one; a tpu7x chip is two).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """One device.
+
+    peak_bf16_flops: floating-point operations a second, dense bf16 with f32 accumulation.
+    hbm_bytes, hbm_bandwidth: main memory, in bytes and bytes a second.
+    vmem_bytes: what one core's kernel can address on chip: a TPU core's VMEM, the shared memory of
+      a GPU's multiprocessor, 0 for a CPU, whose caches nobody addresses.
+    """
+
+    name: str
+    platform: Literal["tpu", "gpu", "cpu"]
+    peak_bf16_flops: float
+    hbm_bytes: int
+    hbm_bandwidth: float
+    vmem_bytes: int
+
+
+_KIB = 1024
+_MIB = 1024**2
+_GIB = 1024**3
+
+_TABLE = {
+    spec.name: spec
+    for spec in (
+        Hardware("v5e", "tpu", 197e12, 16 * _GIB, 819e9, 128 * _MIB),
+        Hardware("v5p", "tpu", 459e12, 95 * _GIB, 2765e9, 64 * _MIB),
+        Hardware("v6e", "tpu", 918e12, 32 * _GIB, 1640e9, 128 * _MIB),
+        Hardware("tpu7x", "tpu", 1153.5e12, 96 * _GIB, 3690e9, 64 * _MIB),
+        Hardware("h100", "gpu", 989e12, 80 * _GIB, 3350e9, 227 * _KIB),
+        Hardware("h200", "gpu", 989e12, 141 * _GIB, 4800e9, 227 * _KIB),
+        # One server core or two: the order of magnitude is all that the CPU path asks for.
+        Hardware("cpu", "cpu", 1e11, 16 * _GIB, 20e9, 0),
+    )
+}
+
+
+def hardware(name: str) -> Hardware:
+    """The device called `name`: v5e, v5p, v6e, tpu7x, h100, h200 or cpu; else ValueError."""
+    if name not in _TABLE:
+        raise ValueError(f"hardware {name!r} is not known; choose one of {', '.join(_TABLE)}")
+    return _TABLE[name]

@@ -1,0 +1,110 @@
+"""Benchmarks run at a size for tests, print their fields, and work on what they say they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agentx.model.transformer import abstract_transformer
+from benchmarks import grpo_step, sample, train_step, workload
+
+ROOT = Path(__file__).parents[1]
+TINY = workload.SIZES["tiny"]
+
+
+def test_a_training_benchmark_prints_one_line_with_its_fields():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "benchmarks/train_step.py", "--size", "tiny", "--steps", "4"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    [line] = done.stdout.splitlines()
+    result = json.loads(line)
+    assert result["workload"] == "train"
+    assert result["params"] == TINY.model.num_params()
+    assert len(result["step_s_all"]) == 4
+    assert result["tokens_per_s"] == pytest.approx(
+        2 * 48 / np.median(result["step_s_all"]), rel=0.1
+    )
+    assert result["time_to_first_step_s"] > result["first_step_s"] > 0
+    assert len(result["losses"]) == 5
+    # An untrained model is as good as guessing, and the fifth step has the first one's batch.
+    assert result["losses"][0] == pytest.approx(np.log(64), abs=0.1)
+    assert result["losses"][4] < result["losses"][0]
+    assert result["matmul_gflops"] > 0
+
+
+def test_a_sampling_benchmark_samples_every_budget_and_compiles_nothing_while_timed():
+    result = sample.run("tiny", repeats=2)
+    budgets = workload.ragged_budgets(TINY)
+    assert result["useful_tokens"] == {"uniform": 2 * 16, "ragged": sum(budgets)}
+    assert {name: len(rates) for name, rates in result["tokens_per_s_all"].items()} == {
+        "uniform": 2,
+        "ragged": 2,
+    }
+    assert result["uniform_tokens_per_s"] > 0
+    assert result["ragged_tokens_per_s"] > 0
+    assert len(result["greedy16"]) == 16
+    assert result["greedy16"] == sample.run("tiny", repeats=1)["greedy16"]
+
+
+def test_a_grpo_benchmark_updates_once_a_step_on_what_the_policy_sampled():
+    result = grpo_step.run("tiny", steps=2)
+    assert result["tokens_per_step"] == 2 * 4 * 16
+    assert len(result["step_s_all"]) == 2
+    assert set(result["split_s"]) == {"rollout", "reward_and_pack", "update"}
+    # Adam moves a weight by about the learning rate, and there were three updates.
+    assert 0.5 < result["max_param_change"] / (3 * 1e-5) < 1.2
+    assert len(result["mean_reward"]) == 3
+    assert result["sampler_difference_max"] < 1e-4
+
+
+def test_a_group_of_the_grpo_benchmark_holds_its_prompt_once():
+    mesh = workload.one_device()
+    engine = grpo_step.Engine(TINY.model, num_slots=8, max_length=24)
+    engine.set_params(workload.make_params(abstract_transformer(TINY.model), mesh), version=0)
+    groups = grpo_step.roll_out(engine, TINY, 0)
+    batch = grpo_step.pack(groups, np.array([[0.0, 0.0, 0.0, 1.0]] * 2), TINY)
+    prompts_RT = workload.grpo_prompts(TINY, 0)
+    # 7 places of the prompt, and of 4 branches its last token and all sampled ones but the last.
+    assert batch.tokens.shape == (2, 7 + 4 * 16)
+    assert batch.tokens[1, :7].tolist() == prompts_RT[1, :7].tolist()
+    assert (batch.tokens[:, 7::16] == prompts_RT[:, 7:]).all()
+    assert batch.layout.position[0, [6, 7, 22, 23, 38]].tolist() == [6, 7, 22, 7, 22]
+    assert batch.weights.sum(axis=1).tolist() == [64, 64]
+
+
+def test_weights_and_data_are_the_same_everywhere():
+    # What NumPy's PCG64 gives for the stated seeds and order; another framework relies on them.
+    weights = workload.make_weights(TINY.model)
+    assert weights["embed"][0, :2].tolist() == pytest.approx(
+        [-0.0386116579, 0.0545178354], rel=1e-6
+    )
+    assert weights["layers.mlp.w_down"][1, -1, -1] == pytest.approx(0.127329692, rel=1e-6)
+    assert sum(w.size for w in weights.values()) == TINY.model.num_params()
+    assert workload.ragged_budgets(workload.SIZES["small"])[:4] == [227, 122, 107, 153]
+    tokens_BS, mask_BS = workload.train_batches(TINY)[1]
+    assert tokens_BS[0, :4].tolist() == [5, 29, 52, 44]
+    assert mask_BS.sum(axis=1).tolist() == [9, 5]
+
+
+def test_targets_of_the_training_benchmark_are_the_marked_tokens():
+    batch = train_step.make_batch(np.array([[5, 6, 7, 8]]), np.array([[1, 0, 1, 1]]))
+    assert batch.targets[0, :3].tolist() == [6, 7, 8]
+    assert batch.weights.tolist() == [[0, 1, 1, 0]]
+
+
+def test_sizes_are_those_that_others_run():
+    assert workload.SIZES["small"].model.num_params() == 8_917_760
+    assert workload.SIZES["medium"].model.num_params() == 41_957_376

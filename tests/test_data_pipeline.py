@@ -1,0 +1,271 @@
+import collections
+import re
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from agentx.data.objectives import InfillCall, NextToken, PlainText
+from agentx.data.pipeline import MixturePipeline, Source, plan_rows, prefetch, read_row
+from agentx.data.store import TokenStore
+from agentx.tokenizer import SPECIAL_TOKENS
+from agentx.trajectory import Role, Span, Trajectory
+
+BOS, CALL, ARGUMENTS, END = (
+    SPECIAL_TOKENS.index(f"<|{name}|>") for name in ("bos", "call", "arguments", "end")
+)
+
+
+def text(ids):
+    return Trajectory([Span(Role.TEXT, np.array(ids, np.int32))])
+
+
+def calls(first, num_calls):
+    """A trajectory of 3 + 6 * num_calls tokens; word tokens are first, first + 1, ..."""
+    ids = iter(range(first, first + 100))
+    spans = [Span(Role.USER, np.array([BOS, next(ids), next(ids)], np.int32))]
+    for _ in range(num_calls):
+        spans.append(Span(Role.CALL, np.array([CALL, next(ids)], np.int32)))
+        spans.append(
+            Span(Role.ARGUMENTS, np.array([ARGUMENTS, next(ids), next(ids), END], np.int32))
+        )
+    return Trajectory(spans)
+
+
+def store_of(path, trajectories):
+    return TokenStore.write(path, trajectories, "tok")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """150 texts, 1 to 99 tokens long; every token of the store is another one."""
+    lengths = np.random.default_rng(0).integers(1, 100, 150)
+    ends = np.cumsum(lengths)
+    documents = [text(range(e - n + 1000, e + 1000)) for e, n in zip(ends, lengths, strict=True)]
+    return store_of(tmp_path_factory.mktemp("texts"), documents)
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory):
+    trajectories = [calls(100 * i + 50_000, 1 + i % 5) for i in range(80)]
+    return store_of(tmp_path_factory.mktemp("conversations"), trajectories)
+
+
+def test_a_plan_predicts_every_token_once_but_the_first_of_each_document(texts):
+    plan = plan_rows(texts, PlainText(), 40)
+    targets = []
+    for row in range(plan.num_rows):
+        examples = read_row(texts, plan, PlainText(), 0, 0, row)
+        assert sum(len(e) - 1 for e in examples) <= 40
+        targets += [i for e in examples for i in e.ids[e.weights > 0].tolist()]
+    expected = [i for t in texts for i in t.ids[1:].tolist()]
+    assert sorted(targets) == expected
+    assert plan.num_split == int((texts.lengths > 41).sum())
+    assert plan.num_short == int((texts.lengths == 1).sum()) > 0
+
+
+def test_best_fit_leaves_little_room(texts):
+    plan = plan_rows(texts, PlainText(), 256)
+    assert plan.fill == (texts.num_tokens - 150) / (plan.num_rows * 256)
+    assert plan.fill > 0.96
+
+
+def test_a_long_conversation_is_cut_at_borders_of_spans(tmp_path):
+    store = store_of(tmp_path, [calls(100, 3)])
+    # 21 tokens; the spans end at 3, 5, 9, 11, 15, 17, 21. A piece has at most 10 + 1 tokens and
+    # begins with the last token of the one before.
+    plan = plan_rows(store, NextToken(), 10)
+    pieces = sorted(zip(plan.begin.tolist(), plan.end.tolist(), strict=True))
+    assert pieces == [(0, 11), (10, 21)]
+    plan = plan_rows(store, NextToken(), 9)
+    pieces = sorted(zip(plan.begin.tolist(), plan.end.tolist(), strict=True))
+    assert pieces == [(0, 9), (8, 17), (16, 21)]
+    assert plan.num_split == 1
+
+
+def test_a_span_longer_than_a_row_is_cut_anywhere(tmp_path):
+    store = store_of(tmp_path, [text(range(10))])
+    plan = plan_rows(store, PlainText(), 4)
+    pieces = sorted(zip(plan.begin.tolist(), plan.end.tolist(), strict=True))
+    assert pieces == [(0, 5), (4, 9), (8, 10)]
+
+
+def test_an_objective_that_lengthens_documents_finds_its_room_reserved(conversations):
+    objective = InfillCall(rate=1.0)
+    for length in (16, 33, 64):
+        plan = plan_rows(conversations, objective, length)
+        for row in range(plan.num_rows):
+            for epoch in range(3):
+                examples = read_row(conversations, plan, objective, 0, epoch, row)
+                assert sum(len(e) - 1 for e in examples) <= length
+
+
+def test_a_row_is_the_same_whenever_it_is_read_and_another_in_the_next_epoch(conversations):
+    objective = InfillCall(rate=0.5)
+    plan = plan_rows(conversations, objective, 64)
+
+    def read(seed, epoch):
+        rows = [read_row(conversations, plan, objective, seed, epoch, r) for r in range(10)]
+        return [e.ids.tolist() for row in rows for e in row]
+
+    assert read(0, 0) == read(0, 0)
+    assert read(0, 0) != read(0, 1)
+    assert read(0, 0) != read(1, 0)
+
+
+def test_the_draws_of_a_document_do_not_depend_on_the_length_of_the_rows(conversations):
+    objective = InfillCall(rate=0.5)
+
+    def read(length):
+        plan = plan_rows(conversations, objective, length)
+        rows = [read_row(conversations, plan, objective, 0, 0, r) for r in range(plan.num_rows)]
+        return sorted(e.ids.tolist() for row in rows for e in row)
+
+    assert read(40) == read(200)
+
+
+def test_shares_are_shares_of_tokens_whatever_the_length_of_documents(tmp_path):
+    short = store_of(tmp_path / "short", [text([1] * 51) for _ in range(400)])
+    long = store_of(tmp_path / "long", [text([2] * 501) for _ in range(40)])
+    sources = [Source("short", short, PlainText(), 3), Source("long", long, PlainText(), 1)]
+    pipeline = MixturePipeline(sources, rows_per_batch=8, length=500, seed=0)
+    seen = collections.Counter()
+    for step in range(100):
+        batch = pipeline.batch(step)
+        seen.update(batch.tokens[batch.weights > 0].tolist())
+    assert seen[1] / seen.total() == pytest.approx(0.75, abs=0.01)
+
+
+def test_every_stretch_of_rows_has_the_asked_shares(texts, conversations):
+    sources = [Source("t", texts, PlainText(), 0.7), Source("c", conversations, NextToken(), 0.3)]
+    pipeline = MixturePipeline(sources, 10, 64, seed=0)
+    for step in range(50):
+        drawn = collections.Counter(d.source for d in pipeline.draws(step))
+        assert abs(drawn[0] - 7) <= 1
+
+
+def test_an_epoch_reads_every_row_once_and_the_next_in_another_order(texts):
+    pipeline = MixturePipeline([Source("t", texts, PlainText())], 1, 64, seed=0)
+    num_rows = pipeline.plans[0].num_rows
+    draws = [pipeline.draws(step)[0] for step in range(2 * num_rows)]
+    first, second = draws[:num_rows], draws[num_rows:]
+    assert [d.epoch for d in draws] == [0] * num_rows + [1] * num_rows
+    assert sorted(d.row for d in first) == list(range(num_rows))
+    assert sorted(d.row for d in second) == list(range(num_rows))
+    assert [d.row for d in first] != [d.row for d in second]
+    assert [d.row for d in first] != sorted(d.row for d in first)
+
+
+def mixed(texts, conversations, seed=0, rate=0.5):
+    sources = [
+        Source("t", texts, PlainText(), 0.6),
+        Source("c", conversations, InfillCall(rate=rate), 0.4),
+    ]
+    return MixturePipeline(sources, 4, 64, seed)
+
+
+def test_a_batch_is_a_pure_function_of_the_step(texts, conversations):
+    pipeline = mixed(texts, conversations)
+    forward = [pipeline.batch(step) for step in range(12)]
+    fresh = mixed(texts, conversations)
+    for step in (11, 3, 7, 0):
+        jax.tree.map(np.testing.assert_array_equal, fresh.batch(step), forward[step])
+    assert not np.array_equal(forward[0].tokens, mixed(texts, conversations, 1).batch(0).tokens)
+
+
+def test_a_step_far_ahead_is_found_at_once(texts, conversations):
+    pipeline = mixed(texts, conversations)
+    pipeline.batch(0)
+    start = time.perf_counter()
+    pipeline.batch(100_000_000)
+    assert time.perf_counter() - start < 1.0
+
+
+def test_a_batch_has_the_shape_asked_for_and_little_padding(texts, conversations):
+    pipeline = mixed(texts, conversations)
+    batches = [pipeline.batch(step) for step in range(30)]
+    assert {b.tokens.shape for b in batches} == {(4, 64)}
+    assert {len(jax.tree.leaves(b)) for b in batches} == {6}
+    assert np.mean([b.layout.subtree_end > 0 for b in batches]) > 0.85
+
+
+def test_the_fingerprint_changes_with_whatever_changes_a_batch(texts, conversations):
+    fingerprint = mixed(texts, conversations).fingerprint
+    assert mixed(texts, conversations).fingerprint == fingerprint
+    assert mixed(texts, conversations, seed=1).fingerprint != fingerprint
+    assert mixed(texts, conversations, rate=0.4).fingerprint != fingerprint
+    assert mixed(conversations, texts).fingerprint != fingerprint
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, float("nan")])
+def test_a_share_that_would_drop_a_source_is_refused(texts, share):
+    with pytest.raises(ValueError, match=f"source 't' has a share of {share}"):
+        MixturePipeline([Source("t", texts, PlainText(), share)], 4, 64, 0)
+
+
+def test_mixtures_that_hold_nothing_are_refused(texts, tmp_path):
+    with pytest.raises(ValueError, match="at least one source"):
+        MixturePipeline([], 4, 64, 0)
+    with pytest.raises(ValueError, match="a batch of 0 rows of 64 places holds nothing"):
+        MixturePipeline([Source("t", texts, PlainText())], 0, 64, 0)
+    lonely = store_of(tmp_path, [text([1]), text([2])])
+    with pytest.raises(ValueError, match="has no trajectory of more than one token"):
+        plan_rows(lonely, PlainText(), 64)
+
+
+def test_rows_too_short_for_the_objective_are_refused(conversations):
+    with pytest.raises(ValueError, match=re.escape("reserves 4 places in rows of 4")):
+        plan_rows(conversations, InfillCall(rate=1.0), 4)
+
+
+def test_prefetching_yields_the_same_batches_in_order(texts, conversations):
+    pipeline = mixed(texts, conversations)
+    found = list(prefetch(pipeline.batch, 3, 8))
+    assert [step for step, _ in found] == [3, 4, 5, 6, 7]
+    for step, batch in found:
+        jax.tree.map(np.testing.assert_array_equal, batch, pipeline.batch(step))
+
+
+def test_prefetching_says_what_it_waited_for():
+    release = threading.Event()
+    batches = prefetch(lambda step: release.wait(20), 5, 6, timeout_s=0.1)
+    with pytest.raises(TimeoutError, match=r"waited 0\.1 s for the data pipeline to make batch 5"):
+        next(batches)
+    release.set()
+
+
+def test_an_error_while_prefetching_is_raised_where_the_batch_is_used():
+    def make(step):
+        if step == 2:
+            raise ValueError("row 7 is damaged")
+        return step
+
+    batches = prefetch(make, 0, 5)
+    assert [next(batches), next(batches)] == [(0, 0), (1, 1)]
+    with pytest.raises(ValueError, match="row 7 is damaged"):
+        next(batches)
+
+
+def test_the_thread_ends_when_prefetching_stops_early():
+    before = threading.active_count()
+    batches = prefetch(lambda step: step, 0, 10**9)
+    assert next(batches) == (0, 0)
+    assert threading.active_count() == before + 1
+    batches.close()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_reading_and_packing_keep_up_with_training(texts, conversations):
+    pipeline = mixed(texts, conversations)
+    pipeline.batch(0)
+    num_tokens, start = 0, time.process_time()
+    while time.process_time() - start < 0.5:
+        num_tokens += pipeline.batch(num_tokens // 256 % 50).tokens.size
+    # Rows of 64 with several documents each are the worst case; a tenth of the promise is left as
+    # room for a busy machine.
+    assert num_tokens / (time.process_time() - start) > 30_000
