@@ -16,13 +16,14 @@ Started again in the same folder, finished parts are taken as they are and a kil
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ from agentx.env.tasks.library import LibraryTasks
 from agentx.env.tasks.recordings import RecordingConfig, record
 from agentx.eval.scores import EpisodeResult, Score, make_score, paired_difference, score_episodes
 from agentx.eval.suite import evaluate, result_of
+from agentx.host import prepare_cpu
 from agentx.interop.huggingface import export_huggingface
-from agentx.metrics import read_metrics
+from agentx.metrics import Progress, read_metrics
 from agentx.render import ToolRenderer, tool_list
 from agentx.report import print_stage_table, write_report
 from agentx.rollout import RolloutLimits
@@ -48,6 +50,7 @@ from agentx.sample.engine import Engine
 from agentx.source import DatasetSource, SourceBatch
 from agentx.tokenizer import Tokenizer
 from agentx.train import TrainConfig, train
+from agentx.trajectory import Trajectory
 
 STAGES = ("pretrain", "sft", "grpo")
 _FOLDER = "runs/quickstart"
@@ -124,15 +127,17 @@ def run(out: Path, seed: int, ablate: str, overrides: Sequence[str]) -> int:
         [f"SEED={seed}", *(o for o in overrides if not _stage_of(o))],
         root="QuickstartConfig",
     )
+    names = [*STAGES, *(f"{stage}{_ABLATED}" for stage in STAGES if ablate)]
+    pipeline = _Pipeline(config, names, out, seed, overrides, console)
+    prepare_cpu(pipeline.configs[STAGES[0]].mesh.cpu_devices)
     prepare_run(config, out)
-    pipeline = _Pipeline(config, out, seed, overrides, console)
     try:
         # ------------------------------------------------------------ data and tokenizer
         data = pipeline.prepare()
 
         # ------------------------------------------------------------ three stages
-        stages = [pipeline.stage(name) for name in STAGES]
-        ablated = [pipeline.stage(f"{name}{_ABLATED}") for name in STAGES] if ablate else []
+        done = [pipeline.stage(name) for name in names]
+        stages, ablated = done[: len(STAGES)], done[len(STAGES) :]
     except Interrupted as interrupted:
         console.print(f"{interrupted}; the same command goes on from there", markup=False)
         return 0
@@ -196,13 +201,15 @@ class _Pipeline:
     def __init__(
         self,
         config: QuickstartConfig,
+        names: Sequence[str],
         out: Path,
         seed: int,
         overrides: Sequence[str],
         console: Console,
     ):
-        self.config, self.out, self.seed = config, out, seed
-        self.overrides, self.console = overrides, console
+        self.config, self.out, self.seed, self.console = config, out, seed, console
+        # All of them now: what is wrong with the last stage's should not be found out at its turn.
+        self.configs = {name: self._load(name, overrides) for name in names}
         self.evaluated: dict[str, Evaluation] = {}
         self._engine: Engine | None = None
 
@@ -218,24 +225,25 @@ class _Pipeline:
         if not done.exists():
             started = time.perf_counter()
             shutil.rmtree(stores, ignore_errors=True)
-            with self.console.status("recording tool sessions and demonstrations"):
-                counts = record(self.config.recording, data)
+            with Progress("record", self.config.recording.num_sessions) as progress:
+                counts = record(self.config.recording, data, progress.update)
             with self.console.status("training the tokenizer"):
                 tokenizer = Tokenizer.train(self._tokenizer_texts(data), self.config.vocab_size)
                 tokenizer.save(self.out / "tokenizer.model")
-            with self.console.status("writing the token stores"):
+            with Progress("tokenize", sum(counts.values())) as progress:
+                written = itertools.count(1)
+
+                def documents(name: str) -> Iterator[Trajectory]:
+                    field = "text" if name == "text" else ""
+                    for one in read_trajectories([data / f"{name}.jsonl"], field, tokenizer):
+                        progress.update(next(written), num_tokens=len(one))
+                        yield one
+
                 tokens = {
                     name: TokenStore.write(
-                        stores / name,
-                        read_trajectories([data / f"{name}.jsonl"], field, tokenizer),
-                        tokenizer.fingerprint,
+                        stores / name, documents(name), tokenizer.fingerprint
                     ).num_tokens
-                    for name, field in (
-                        ("text", "text"),
-                        ("sessions", ""),
-                        ("repetitions", ""),
-                        ("demonstrations", ""),
-                    )
+                    for name in counts
                 }
             seconds = time.perf_counter() - started
             _write_json(done, {"documents": counts, "tokens": tokens, "seconds": seconds})
@@ -262,25 +270,14 @@ class _Pipeline:
     # -------------------------------------------------------------------------- stages
 
     def stage(self, name: str) -> dict[str, Any]:
-        """Trains one stage, evaluates what came out, and returns its entry of results.json.
-
-        name: of its run file. What is overridden for a stage is so in its ablation too.
-        """
-        plain_name, folder = name.removesuffix(_ABLATED), self.out / name
-        mine = [
-            o.replace(f"{stage}/", "", 1)
-            for stage in dict.fromkeys((plain_name, name))
-            for o in self.overrides
-            if _stage_of(o) == stage
-        ]
-        config: TrainConfig = load_config(f"{_FOLDER}/{name}.gin", [*self._paths(name), *mine])
+        """Trains one stage, evaluates what came out, and returns its entry of results.json."""
+        config, folder = self.configs[name], self.out / name
         prepare_run(config, folder)
-        summary = train(config, folder, on_batch=self._keep_last(folder, config))
+        summary = train(config, folder, on_batch=self._keep_last(folder))
         if summary.interrupted:
             raise Interrupted(f"{name} was stopped at step {summary.step}, which is saved")
         if not (folder / "evaluation.json").exists():
-            with self.console.status(f"evaluating {name}"):
-                evaluated = self._evaluate(folder)
+            evaluated = self._evaluate(folder)
             _write_json(folder / "evaluation.json", dataclasses.asdict(evaluated))
         evaluated = self.evaluated[name] = Evaluation.load(folder / "evaluation.json")
         scores = evaluated.scores()
@@ -291,7 +288,7 @@ class _Pipeline:
             markup=False,
         )
         return {
-            "name": plain_name,
+            "name": name.removesuffix(_ABLATED),
             "seconds": summary.seconds,
             "steps": summary.step,
             "tokens": summary.tokens,
@@ -301,6 +298,17 @@ class _Pipeline:
             "episodes_truncated": evaluated.num_truncated,
             "episodes_crashed": evaluated.num_crashed,
         }
+
+    def _load(self, name: str, overrides: Sequence[str]) -> TrainConfig:
+        """A stage's run file. What is overridden for a stage is so in its ablation too."""
+        mine = [
+            o.replace(f"{stage}/", "", 1)
+            for stage in dict.fromkeys((name.removesuffix(_ABLATED), name))
+            for o in overrides
+            if _stage_of(o) == stage
+        ]
+        config: TrainConfig = load_config(f"{_FOLDER}/{name}.gin", [*self._paths(name), *mine])
+        return config
 
     def _paths(self, name: str) -> list[str]:
         """Where a stage finds what the stages before it left, and the seed."""
@@ -344,6 +352,7 @@ class _Pipeline:
                 self.config.limits,
                 num_episodes=self.config.num_episodes,
                 seed=self.seed,
+                title=f"evaluate {folder.name}{', new tool' if is_new else ''}",
             )
             for is_new in (False, True)
         )
@@ -405,14 +414,17 @@ class _Pipeline:
                 records += json.loads(last_batch.read_text(encoding="utf-8"))
         return records + self.evaluated[STAGES[-1]].shown
 
-    def _keep_last(self, folder: Path, config: TrainConfig) -> Callable[[int, SourceBatch], None]:
-        """Writes to last_batch.json what the last step of an RL run was trained on, in part."""
+    def _keep_last(self, folder: Path) -> Callable[[int, SourceBatch], None]:
+        """Keeps in last_batch.json a part of what the newest step of an RL run was trained on.
+
+        Every step's, for any may be the last before a kill. A step without a difference within any
+        group trained on nothing and is passed over.
+        """
 
         def on_batch(step: int, made: SourceBatch) -> None:
-            if step == config.num_steps and not isinstance(config.source, DatasetSource):
-                stage = folder.name
-                title = f"{stage}, last step: one of a group"
-                records = rollout_records(made, self.tokenizer, stage=stage, title=title)
+            title = f"{folder.name}, step {step}: one of a group"
+            records = rollout_records(made, self.tokenizer, stage=folder.name, title=title)
+            if records or (made.groups and not (folder / "last_batch.json").exists()):
                 _write_json(folder / "last_batch.json", records)
 
         return on_batch

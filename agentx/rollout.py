@@ -122,6 +122,7 @@ async def _run_group(
     request_ids: Sequence[int],
     renderer: ToolRenderer,
     limits: RolloutLimits,
+    on_episode: Callable[[Episode], None],
 ) -> list[Episode]:
     """All the episodes of one task: the prompt is prefilled once and forked."""
     envs = [make_env() for _ in request_ids]
@@ -146,6 +147,7 @@ async def _run_group(
                 )
             finally:
                 engine.close(session)
+            on_episode(episodes[number])
 
         await asyncio.gather(*map(play, ready, sessions))
     for episode in episodes:
@@ -162,11 +164,12 @@ def run_groups(
     *,
     group_size: int,
     first_request: int = 0,
+    on_episode: Callable[[Episode], None] = lambda episode: None,
 ) -> list[list[Episode]]:
     """`group_size` episodes for every task, all at once, in the order of `tasks`.
 
     Request ids count up from `first_request`: with the engine's seed they fix every draw, whatever
-    order the episodes run in.
+    order the episodes run in. on_episode: told of every episode that was played, as it ends.
     """
 
     async def all_groups() -> list[list[Episode]]:
@@ -183,6 +186,7 @@ def run_groups(
                     ),
                     renderer,
                     limits,
+                    on_episode,
                 )
                 for number, task in enumerate(tasks)
             )

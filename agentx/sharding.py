@@ -42,15 +42,21 @@ RULES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each mesh axis has; one of them may be -1, which takes what is left."""
+    """How many devices each mesh axis has; one of them may be -1, which takes what is left.
+
+    cpu_devices: how many devices a process makes of its CPU, where it has no accelerator.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
     expert: int = 1
+    cpu_devices: int = 1
 
     def __post_init__(self) -> None:
+        if self.cpu_devices < 1:
+            raise ValueError(f"cpu_devices is {self.cpu_devices}; it must be 1 or more")
         sizes = {axis: getattr(self, axis) for axis in AXES}
         if any(size < 1 and size != -1 for size in sizes.values()):
             raise ValueError(

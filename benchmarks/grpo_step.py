@@ -23,6 +23,7 @@ import numpy as np
 from agentx.advantages import group_advantages
 from agentx.batch import Batch
 from agentx.data.pack import pack_groups
+from agentx.host import prepare_cpu
 from agentx.losses import PolicyGradientLoss
 from agentx.model.transformer import abstract_transformer
 from agentx.optim import make_optimizer
@@ -76,7 +77,7 @@ def run(size: str, steps: int | None = None) -> dict[str, Any]:
     """The fields of the JSON line."""
     work = workload.SIZES[size]
     steps = steps or work.grpo_steps
-    mesh = workload.one_device()
+    mesh = workload.make_machine()
     model = abstract_transformer(work.model)
     optimizer = make_optimizer(workload.GRPO_OPTIMIZER, steps + 1)
     update = make_train_step(
@@ -144,4 +145,5 @@ def _down_projection(state: TrainState) -> np.ndarray:
 
 if __name__ == "__main__":
     arguments = workload.parse_arguments(__doc__, "timed steps, after one that compiles")
+    prepare_cpu(workload.CPU_DEVICES)
     workload.print_result(run(arguments.size, arguments.steps))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from agentx.host import prepare_cpu
 from agentx.model.transformer import abstract_transformer
 from agentx.sample.engine import Engine
 from agentx.sample.sampling import SamplingParams
@@ -25,7 +26,7 @@ def run(size: str, repeats: int | None = None) -> dict[str, Any]:
     """The fields of the JSON line."""
     work = workload.SIZES[size]
     repeats = repeats or work.sample_repeats
-    mesh = workload.one_device()
+    mesh = workload.make_machine()
     params = workload.make_params(abstract_transformer(work.model), mesh)
     engine = Engine(
         work.model,
@@ -72,4 +73,5 @@ def run(size: str, repeats: int | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     arguments = workload.parse_arguments(__doc__, "timed repetitions, after one that compiles")
+    prepare_cpu(workload.CPU_DEVICES)
     workload.print_result(run(arguments.size, arguments.steps))

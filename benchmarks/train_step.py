@@ -1,4 +1,4 @@
-"""Times the SFT step: the project's model, loss, optimizer and train step on one device.
+"""Times the SFT step: the project's model, loss, optimizer and train step.
 
     python -m benchmarks.train_step [--size small] [--steps 8]
 
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from agentx.batch import Batch
+from agentx.host import prepare_cpu
 from agentx.losses import NextTokenLoss
 from agentx.model.transformer import abstract_transformer
 from agentx.optim import make_optimizer
@@ -41,7 +42,7 @@ def run(size: str, steps: int | None = None) -> dict[str, Any]:
     """The fields of the JSON line."""
     work = workload.SIZES[size]
     steps = steps or work.train_steps
-    mesh = workload.one_device()
+    mesh = workload.make_machine()
     model = abstract_transformer(work.model)
     optimizer = make_optimizer(workload.TRAIN_OPTIMIZER, steps + 1)
     step = make_train_step(
@@ -83,4 +84,5 @@ def run(size: str, steps: int | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     arguments = workload.parse_arguments(__doc__, "timed steps, after one that compiles")
+    prepare_cpu(workload.CPU_DEVICES)
     workload.print_result(run(arguments.size, arguments.steps))

@@ -95,6 +95,7 @@ SIZES = {
     ),
 }
 _DISTINCT_BATCHES = 4
+CPU_DEVICES = 2
 
 TRAIN_OPTIMIZER = OptimizerConfig(
     learning_rate=3e-4,
@@ -188,9 +189,10 @@ def num_params(params: nnx.State) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def one_device() -> Mesh:
-    """A mesh of a single device: what is measured is one."""
-    return make_mesh(MeshConfig(), jax.devices()[:1])
+def make_machine() -> Mesh:
+    """One accelerator; or, where there is none, two devices of the CPU, as the quickstart has."""
+    devices = jax.devices()
+    return make_mesh(MeshConfig(), devices[: CPU_DEVICES if devices[0].platform == "cpu" else 1])
 
 
 # --------------------------------------------------------------------------------------------------

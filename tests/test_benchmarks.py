@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from agentx.model.transformer import abstract_transformer
-from benchmarks import grpo_step, sample, train_step, workload
+from benchmarks import copying, grpo_step, sample, train_step, workload
 
 ROOT = Path(__file__).parents[1]
 TINY = workload.SIZES["tiny"]
@@ -71,7 +71,7 @@ def test_a_grpo_benchmark_updates_once_a_step_on_what_the_policy_sampled():
 
 
 def test_a_group_of_the_grpo_benchmark_holds_its_prompt_once():
-    mesh = workload.one_device()
+    mesh = workload.make_machine()
     engine = grpo_step.Engine(TINY.model, num_slots=8, max_length=24)
     engine.set_params(workload.make_params(abstract_transformer(TINY.model), mesh), version=0)
     groups = grpo_step.roll_out(engine, TINY, 0)
@@ -108,3 +108,18 @@ def test_targets_of_the_training_benchmark_are_the_marked_tokens():
 def test_sizes_are_those_that_others_run():
     assert workload.SIZES["small"].model.num_params() == 8_917_760
     assert workload.SIZES["medium"].model.num_params() == 41_957_376
+
+
+def test_the_copying_benchmark_weighs_only_what_can_be_copied():
+    batch = copying.make_batch(np.random.default_rng(0))
+    rows = zip(batch.tokens, batch.targets, batch.weights, strict=True)
+    for tokens_S, targets_S, weights_S in rows:
+        period = int(np.flatnonzero(weights_S)[0]) + 1
+        assert 4 <= period <= 20
+        assert weights_S[period - 1 :].all()
+        assert len(set(tokens_S[:period].tolist())) == period
+        assert (targets_S[period - 1 :] == tokens_S[: len(tokens_S) - period + 1]).all()
+    result = copying.run("copy", layers=1, steps=25, seed=0)
+    assert result["steps"] == 25
+    assert not result["learnt"]
+    assert 2 < result["losses"][0] < 9

@@ -202,6 +202,8 @@ CONVERSATION = (
         tool_calls=(ToolCall("open", {"line": 64, "more": {"é": [1.5, None]}, "path": "os.py"}),),
     ),
     Message("tool", ""),
+    Message("assistant", tool_calls=(ToolCall("search", {"name": ""}),)),
+    Message("tool", "error: no such function"),
     Message("assistant", thought="done", content="in os.py  "),
     Message("user", "And without tools?"),
     Message("assistant", "yes"),
@@ -263,6 +265,16 @@ def test_the_chat_template_gives_the_ids_of_render(auto_tokenizer, tools, first)
 def test_the_chat_template_refuses_what_render_refuses(auto_tokenizer, calls, sentence):
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls}]
     with pytest.raises(Exception, match=sentence):
+        auto_tokenizer.apply_chat_template(chat, tools=as_schemas(TOOLS))
+
+
+def test_the_chat_template_and_render_refuse_content_beside_a_call(auto_tokenizer):
+    message = Message("assistant", "here it is", tool_calls=(ToolCall("now", {}),))
+    with pytest.raises(ValueError, match="put that into its thought"):
+        ToolRenderer(TOKENIZER).render([message], TOOLS)
+    chat = as_openai([message])
+    chat[0]["content"] = message.content
+    with pytest.raises(Exception, match="calls now has content too"):
         auto_tokenizer.apply_chat_template(chat, tools=as_schemas(TOOLS))
 
 

@@ -240,3 +240,45 @@ def test_bfloat16_activations_stay_near_float32_ones():
     exact = forward(tiny(), tokens, causal(2, 16))
     assert hidden.dtype == jnp.bfloat16
     assert jnp.abs(hidden.astype(jnp.float32) - exact).mean() < 0.02
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_model_drawn_to_copy_marks_tokens_and_then_repeats_them(kv_heads):
+    config = dataclasses.replace(TINY, num_layers=3, num_kv_heads=kv_heads, init="copy")
+    attention = nnx.state(Transformer(config, nnx.Rngs(0)))["layers"]["attention"]
+    w_v_LDKH, w_o_LNHD = np.asarray(attention["w_v"][...]), np.asarray(attention["w_o"][...])
+
+    # Each head of the last layer repeats the values that it reads, and all heads alike.
+    w_v_LDNH = np.repeat(w_v_LDKH, 4 // kv_heads, axis=2)
+    gain = np.linalg.norm(w_o_LNHD[-1]) / np.linalg.norm(w_v_LDNH[-1])
+    assert gain > 1
+    np.testing.assert_allclose(w_o_LNHD[-1], gain * w_v_LDNH[-1].transpose(1, 2, 0), rtol=1e-5)
+    # Those before add a vector about as long as an embedding, which has nothing to do with it.
+    normed_D = np.random.default_rng(0).standard_normal(32)
+    added_LD = np.einsum("d,ldnh,lnhe->le", normed_D, w_v_LDNH, w_o_LNHD)[:-1]
+    assert np.all(np.abs(np.linalg.norm(added_LD, axis=1) - 1) < 0.5)
+    cosines = added_LD @ normed_D / np.linalg.norm(added_LD, axis=1) / np.linalg.norm(normed_D)
+    assert np.abs(cosines).max() < 0.5
+
+
+def test_a_model_drawn_to_copy_knows_at_once_which_tokens_it_has_seen():
+    def seen_above_unseen(init):
+        config = dataclasses.replace(TINY, vocab_size=512, d_model=128, head_dim=32, init=init)
+        model = Transformer(dataclasses.replace(config, num_kv_heads=4), nnx.Rngs(0))
+        tokens = np.random.default_rng(0).choice(512, (8, 8), replace=False).astype(np.int32)
+        logits = np.asarray(forward(model, tokens, causal(8, 8))[:, -1] @ model.unembedding().T)
+        # The last token is no news: every fresh model with tied embeddings predicts it.
+        seen = np.take_along_axis(logits, tokens[:, :-1], 1).mean()
+        return (seen - logits.mean()) / logits.std()
+
+    assert seen_above_unseen("copy") > 0.25
+    assert abs(seen_above_unseen("normal")) < 0.25
+
+
+def test_embeddings_share_a_direction_only_where_a_model_is_drawn_to_copy():
+    def shared(init):
+        model = Transformer(dataclasses.replace(TINY, vocab_size=999, init=init), nnx.Rngs(0))
+        return float(jnp.linalg.norm(model.embed[...].mean(0)))
+
+    assert shared("normal") < 0.1
+    assert 0.5 < shared("copy") < 1.5

@@ -175,8 +175,10 @@ def train(
     resolved = load_config(config, context.obj)
 
     from agentx.cli.runs import prepare_run
+    from agentx.host import prepare_cpu
     from agentx.train import train as train_run
 
+    prepare_cpu(resolved.mesh.cpu_devices)
     folder = Path("runs") / Path(config).stem if run is None else run
     print(prepare_run(resolved, folder))
     summary = train_run(resolved, folder)

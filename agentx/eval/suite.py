@@ -6,12 +6,14 @@ repeatable sample of it, without repeats.
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
 
 from agentx.env.base import TaskSet
 from agentx.eval.scores import EpisodeResult
+from agentx.metrics import Progress
 from agentx.render import ToolRenderer
 from agentx.rollout import Episode, RolloutLimits, run_groups
 from agentx.sample.engine import Engine
@@ -39,10 +41,11 @@ def evaluate(
     *,
     num_episodes: int,
     seed: int,
+    title: str = "evaluate",
 ) -> list[Episode]:
     """`num_episodes` episodes, one for each of as many tasks, at the engine's temperature.
 
-    Raises ValueError where the set has fewer tasks than that.
+    title: of the progress line. Raises ValueError where the set has fewer tasks than that.
     """
     if num_episodes > len(task_set):
         raise ValueError(
@@ -52,5 +55,15 @@ def evaluate(
     rng = np.random.Generator(np.random.Philox(key=seed))
     chosen = rng.permutation(len(task_set))[:num_episodes]
     tasks = [task_set.task(int(i), seed=int(rng.integers(2**62))) for i in chosen]
-    groups = run_groups(engine, task_set.env, tasks, renderer, limits, group_size=1)
+    with Progress(title, num_episodes) as progress:
+        played = itertools.count(1)
+        groups = run_groups(
+            engine,
+            task_set.env,
+            tasks,
+            renderer,
+            limits,
+            group_size=1,
+            on_episode=lambda _: progress.update(next(played)),
+        )
     return [group[0] for group in groups]

@@ -12,6 +12,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 Remat = Literal["none", "dots", "full"]
+Init = Literal["normal", "copy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class ModelConfig:
     tie_embeddings: the unembedding is the embedding.
     rope_theta: the base of the rotation's wavelengths. norm_eps: added to the mean square.
     max_length: the most tokens a row may hold; what caches and data are checked against.
+    init: how fresh parameters are drawn: "normal", or "copy" (see `layers.copying_output`), with
+      which small models learn to copy from their context several times sooner.
     dtype: of the activations and matrix products ("float32" or "bfloat16"; norms, softmax and
       accumulation are f32 either way). param_dtype: what the parameters are kept in.
     remat: what the backward pass computes again: "none" nothing, "dots" what lies between products
@@ -44,6 +47,7 @@ class ModelConfig:
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     max_length: int = 2048
+    init: Init = "normal"
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: Remat = "dots"
@@ -78,6 +82,8 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; choose float32, bfloat16 or float64"
                 )
+        if self.init not in ("normal", "copy"):
+            raise ValueError(f"init is {self.init!r}; choose normal or copy")
         if self.remat not in ("none", "dots", "full"):
             raise ValueError(f"remat is {self.remat!r}; choose none, dots or full")
 

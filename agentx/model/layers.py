@@ -24,6 +24,9 @@ from jax.nn import initializers
 from agentx.model.config import ModelConfig
 from agentx.sharding import constrain
 
+# How many times an embedding's length the last layer adds of what it copies.
+_COPY_GAIN = 45.0
+
 Array = jax.Array
 Attend = Callable[[Array, Array, Array], Array]
 
@@ -110,6 +113,36 @@ def rotate(x_BSNH: Array, turn: tuple[Array, Array]) -> Array:
     return turned.astype(x_BSNH.dtype)
 
 
+def copying_output(w_v_LDKH: Array, heads: int) -> initializers.Initializer:
+    """What draws w_o [L, N, H, D] for ModelConfig.init = "copy", given w_v.
+
+    Copying from context takes two layers: one marks every token with the token before it, the next
+    finds the mark that is like the last token and repeats what stands there (an induction head,
+    Olsson et al., 2022). Drawn at random, neither is of use before the other is there, and hundreds
+    of steps pass. Here each begins with its half:
+
+    - In the last layer w_o is w_v transposed, an alignment that Trockman and Kolter (2023) found in
+      trained layers, and outweighs the token itself: a head repeats whatever it attends to.
+    - In the layers before, w_o is random, and what a head adds as long as an embedding: it can be
+      told from the token that was there, and does not drown it.
+    - All embeddings share a direction (`transformer.py`), since this family has no biases: so
+      a head can attend by position alone, which marking the token before needs.
+
+    docs/log.md has what each of them is worth.
+    """
+    layers, embed, kv_heads, head_dim = w_v_LDKH.shape
+    groups = heads // kv_heads
+
+    def draw(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        marking = initializers.normal((embed * heads * head_dim) ** -0.5)(key, shape, dtype)
+        repeating = jnp.repeat(w_v_LDKH, groups, axis=2).transpose(0, 2, 3, 1)
+        repeating *= _COPY_GAIN * embed**-0.5 / groups
+        is_last_L = jnp.arange(layers) == layers - 1
+        return jnp.where(is_last_L[:, None, None, None], repeating, marking).astype(dtype)
+
+    return draw
+
+
 class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al., 2023); how keys are looked up is the caller's."""
 
@@ -129,6 +162,8 @@ class Attention(nnx.Module):
         self.w_v = parameter(
             rngs, inwards, config, layers=layers, embed=embed, kv_heads=kv_heads, head_dim=head_dim
         )
+        if config.init == "copy":
+            outwards = copying_output(self.w_v[...], heads)
         self.w_o = parameter(
             rngs, outwards, config, layers=layers, heads=heads, head_dim=head_dim, embed=embed
         )

@@ -37,7 +37,8 @@ class Transformer(nnx.Module):
         self.config = config
         self.hardware = hardware
         sizes = {"vocab": config.vocab_size, "embed": config.d_model}
-        self.embed = parameter(rngs, initializers.normal(config.d_model**-0.5), config, **sizes)
+        embed = _embed_with_a_shared_direction if config.init == "copy" else _embed
+        self.embed = parameter(rngs, embed, config, **sizes)
         self.layers = Layer(rngs, config)
         self.final_norm = RMSNorm(rngs, config, embed=config.d_model)
         if not config.tie_embeddings:
@@ -100,6 +101,17 @@ class Transformer(nnx.Module):
         with jax.named_scope("embed"):
             x_BSD = self.embed[...].astype(self.config.compute_dtype)[tokens_BS]
             return constrain(x_BSD, "batch", "sequence", None)
+
+
+def _embed(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Vectors [V, D] of length 1 in the mean."""
+    return initializers.normal(shape[1] ** -0.5)(key, shape, dtype)
+
+
+def _embed_with_a_shared_direction(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """`_embed`, and one vector as long added to all: see `layers.copying_output`."""
+    of_all, of_each = jax.random.split(key)
+    return _embed(of_each, shape, dtype) + _embed(of_all, (1, shape[1]), dtype)
 
 
 def abstract_transformer(config: ModelConfig, *, hardware: Hardware = CPU) -> Transformer:

@@ -195,7 +195,7 @@ def test_trajectories_are_kept_of_what_was_trained_on_and_of_how_episodes_ended(
     titles = [r["title"] for r in records]
     assert "pretrain: a document of sessions" in titles
     assert "sft: a document of demonstrations" in titles
-    assert titles.count("grpo, last step: one of a group") in (0, 2)
+    assert sum(bool(re.fullmatch(r"grpo, step \d: one of a group", t)) for t in titles) in (0, 2)
     assert any(title.startswith("dev: ") for title in titles)
     for record in records:
         assert {"id", "role", "weight", "advantage", "logprob"} <= record["tokens"][0].keys()
@@ -290,7 +290,7 @@ def test_episodes_that_were_cut_or_crashed_are_counted_and_are_no_successes(
     monkeypatch.setattr(quickstart, "ending_records", lambda *args, **kwargs: [])
     config = load_config(finished.out / "config.gin", root="QuickstartConfig")
     console = rich.console.Console(file=io.StringIO())
-    pipeline = quickstart._Pipeline(config, finished.out, 0, [], console)
+    pipeline = quickstart._Pipeline(config, [], finished.out, 0, [], console)
     pipeline.prepare()
     evaluated = pipeline._evaluate(finished.out / "sft")
     assert (evaluated.num_truncated, evaluated.num_crashed) == (2, 2)

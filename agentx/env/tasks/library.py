@@ -9,8 +9,9 @@ call needs what the first one found:
 
 Calls fail for real reasons: a path that is not there, an argument that is missing or no number, and
 a tool that runs out of time. Time is counted in ticks of work, not in seconds, so that an episode
-can be repeated exactly: a tool whose index is cold spends its whole allowance on loading it, and
-the same call again finds it loaded. Which tools are cold is drawn from the task's seed.
+can be repeated exactly: a call may take `_TICKS` of them, and a tool whose index is cold has
+`_LOADING` to do before its first answer. What a call that timed out has loaded stays loaded, so the
+same call again succeeds. Which tools are cold is drawn from the task's seed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from agentx.trajectory import Message, Parameter, ToolSpec
 Kind = Literal["parameter", "line_sum", "neighbour"]
 KINDS: tuple[Kind, ...] = ("parameter", "line_sum", "neighbour")
 TIMED_OUT = "error: timed out"
+
+# Ticks that one call may take, that loading a cold index takes, and that the answer itself takes.
+_TICKS, _LOADING, _ANSWERING = 100, 150, 10
 
 _NUM_LISTED = 3
 _LONGEST_NAME, _LONGEST_PATH, _LONGEST_SIGNATURE = 24, 28, 60
@@ -70,7 +74,8 @@ class LibraryEnv(ToolEnv):
     ):
         self._corpus = corpus
         self._rate_cold = rate_cold
-        self._cold: set[int] = set()
+        # What each tool still has to load, in ticks.
+        self._to_load = [0] * len(TOOLS)
         runs: tuple[Callable[..., str], ...] = (
             self._search,
             self._open,
@@ -87,15 +92,16 @@ class LibraryEnv(ToolEnv):
 
     async def reset(self, task: Task) -> list[Message]:
         rng = np.random.Generator(np.random.Philox(key=task.seed))
-        self._cold = {i for i in range(len(TOOLS)) if rng.random() < self._rate_cold}
+        self._to_load = [_LOADING if rng.random() < self._rate_cold else 0 for _ in TOOLS]
         return await super().reset(task)
 
     def _timed(
         self, number: int, spec: ToolSpec, run: Callable[..., str]
     ) -> Callable[..., Awaitable[str]]:
         async def timed(**arguments: object) -> str:
-            if number in self._cold:
-                self._cold.discard(number)
+            loaded = min(self._to_load[number], _TICKS)
+            self._to_load[number] -= loaded
+            if loaded + _ANSWERING > _TICKS:
                 raise ToolError(TIMED_OUT)
             return run(*(arguments[p.name] for p in spec.parameters))
 
@@ -221,8 +227,8 @@ class LibraryTasks:
 
     Files are split by their path. The function that a dev or held-out question asks about occurs
     nowhere in the training files, neither as a definition nor as any other word. `rate_cold` is the
-    chance of each tool to time out at its first call. With `new_tool`, the first tool goes by a
-    name and a description that no training prompt has.
+    chance of each tool to begin cold, and so to time out at its first call. With `new_tool`, the
+    first tool goes by a name and a description that no training prompt has.
     """
 
     split: Split = "train"

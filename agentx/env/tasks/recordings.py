@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,14 @@ def text_documents(config: RecordingConfig) -> Iterator[str]:
             left -= size
 
 
-async def _sessions(config: RecordingConfig) -> list[Demonstration]:
+async def _sessions(
+    config: RecordingConfig, on_session: Callable[[int], None]
+) -> list[Demonstration]:
     rng = _rng(config, 2)
     fragments = name_fragments(standard_library("train"))
-    return [
-        await instructed_session(
+    sessions = []
+    for number in range(config.num_sessions):
+        session = await instructed_session(
             rng,
             fragments,
             num_rounds=config.num_rounds,
@@ -93,8 +96,9 @@ async def _sessions(config: RecordingConfig) -> list[Demonstration]:
             rate_cold=config.rate_cold,
             slip_rate=config.slip_rate,
         )
-        for _ in range(config.num_sessions)
-    ]
+        sessions.append(session)
+        on_session(number + 1)
+    return sessions
 
 
 def _repetitions(config: RecordingConfig) -> Iterator[Demonstration]:
@@ -162,10 +166,15 @@ def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> int:
     return count
 
 
-def record(config: RecordingConfig, folder: Path) -> dict[str, int]:
-    """Writes the four files into `folder`; returns the number of lines of each."""
+def record(
+    config: RecordingConfig, folder: Path, on_session: Callable[[int], None] = lambda done: None
+) -> dict[str, int]:
+    """Writes the four files into `folder`; returns the number of lines of each.
+
+    on_session: told after each session, nearly all of the work, how many there are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    sessions = asyncio.run(_sessions(config))
+    sessions = asyncio.run(_sessions(config, on_session))
     demonstrations = asyncio.run(_demonstrations(config))
     return {
         "text": _write_lines(folder / "text.jsonl", ({"text": t} for t in text_documents(config))),
