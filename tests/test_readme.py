@@ -38,7 +38,7 @@ TINY_RUN = (
     "TrainConfig.num_steps=1",
     "OptimizerConfig.warmup_steps=0",
 )
-TINY_DATA = ("DatasetSource.rows=8",)
+TINY_DATA = ("DatasetSource.rows=8", "DatasetSource.length=384")
 TINY_ROLLOUTS = (
     "RolloutSource.num_groups=2",
     "RolloutSource.group_size=4",

@@ -29,11 +29,11 @@ _COPY_GAIN = 45.0
 
 Array = jax.Array
 Attend = Callable[[Array, Array, Array], Array]
+# (key, shape, dtype) -> fresh values.
+Initializer = Callable[[Array, tuple[int, ...], jnp.dtype], Array]
 
 
-def parameter(
-    rngs: nnx.Rngs, init: initializers.Initializer, config: ModelConfig, **sizes: int
-) -> nnx.Param:
+def parameter(rngs: nnx.Rngs, init: Initializer, config: ModelConfig, **sizes: int) -> nnx.Param:
     """A parameter whose axes are the names of `sizes`: parameter(..., vocab=V, embed=D)."""
     value = init(rngs.params(), tuple(sizes.values()), jnp.dtype(config.param_dtype))
     return nnx.Param(value, axes=tuple(sizes))
@@ -113,7 +113,7 @@ def rotate(x_BSNH: Array, turn: tuple[Array, Array]) -> Array:
     return turned.astype(x_BSNH.dtype)
 
 
-def copying_output(w_v_LDKH: Array, heads: int) -> initializers.Initializer:
+def copying_output(w_v_LDKH: Array, heads: int) -> Initializer:
     """What draws w_o [L, N, H, D] for ModelConfig.init = "copy", given w_v.
 
     Copying from context takes two layers: one marks every token with the token before it, the next
@@ -152,7 +152,7 @@ class Attention(nnx.Module):
         self.config = config
         inwards = initializers.normal(embed**-0.5)
         # Every layer adds two terms to the residual stream: so its scale does not grow with depth.
-        outwards = initializers.normal((2 * layers * heads * head_dim) ** -0.5)
+        outwards: Initializer = initializers.normal((2 * layers * heads * head_dim) ** -0.5)
         self.w_q = parameter(
             rngs, inwards, config, layers=layers, embed=embed, heads=heads, head_dim=head_dim
         )

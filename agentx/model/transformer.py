@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.nn import initializers
@@ -103,12 +104,12 @@ class Transformer(nnx.Module):
             return constrain(x_BSD, "batch", "sequence", None)
 
 
-def _embed(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+def _embed(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     """Vectors [V, D] of length 1 in the mean."""
     return initializers.normal(shape[1] ** -0.5)(key, shape, dtype)
 
 
-def _embed_with_a_shared_direction(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+def _embed_with_a_shared_direction(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     """`_embed`, and one vector as long added to all: see `layers.copying_output`."""
     of_all, of_each = jax.random.split(key)
     return _embed(of_each, shape, dtype) + _embed(of_all, (1, shape[1]), dtype)

@@ -49,6 +49,7 @@ SETTINGS = [
     "pretrain/TrainConfig.num_steps=12",
     "pretrain/TrainConfig.checkpoint_every=5",
     "pretrain/DatasetSource.rows=8",
+    "pretrain/DatasetSource.length=384",
     "sft/TrainConfig.num_steps=2",
     "sft/DatasetSource.rows=8",
     "grpo/TrainConfig.num_steps=2",
