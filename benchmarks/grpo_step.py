@@ -80,8 +80,9 @@ def run(size: str, steps: int | None = None) -> dict[str, Any]:
     mesh = workload.make_machine()
     model = abstract_transformer(work.model)
     optimizer = make_optimizer(workload.GRPO_OPTIMIZER, steps + 1)
+    micro_batches = workload.num_micro_batches(work, work.grpo_prompts, mesh)
     update = make_train_step(
-        model, PolicyGradientLoss(), optimizer, mesh, num_micro_batches=work.micro_batches
+        model, PolicyGradientLoss(), optimizer, mesh, num_micro_batches=micro_batches
     )
     state = workload.make_state(model, optimizer, mesh)
     engine = Engine(

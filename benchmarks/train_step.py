@@ -45,9 +45,8 @@ def run(size: str, steps: int | None = None) -> dict[str, Any]:
     mesh = workload.make_machine()
     model = abstract_transformer(work.model)
     optimizer = make_optimizer(workload.TRAIN_OPTIMIZER, steps + 1)
-    step = make_train_step(
-        model, NextTokenLoss(), optimizer, mesh, num_micro_batches=work.micro_batches
-    )
+    micro_batches = workload.num_micro_batches(work, work.train_rows, mesh)
+    step = make_train_step(model, NextTokenLoss(), optimizer, mesh, num_micro_batches=micro_batches)
     state = workload.make_state(model, optimizer, mesh)
     batches = [make_batch(*pair) for pair in workload.train_batches(work)]
 

@@ -200,6 +200,11 @@ def make_machine() -> Mesh:
 # --------------------------------------------------------------------------------------------------
 
 
+def num_micro_batches(work: Workload, rows: int, mesh: Mesh) -> int:
+    """`work.micro_batches`, or as many as leave every device a row of each."""
+    return max(1, min(work.micro_batches, rows // mesh.size))
+
+
 def train_batches(work: Workload) -> list[tuple[np.ndarray, np.ndarray]]:
     """Token ids i32[B, S] and masks i32[B, S], to be used in turn; mask 1 marks a target."""
     rng = _generator(_BATCH_SEED)
