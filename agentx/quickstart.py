@@ -174,7 +174,7 @@ def run(out: Path, seed: int, ablate: str, overrides: Sequence[str]) -> int:
     )
     print(f"\nThe report is {report}")
     grpo = out / "grpo"
-    print(f"Next: agentx sample --checkpoint {grpo} --suite library 'First parameter of `walk`?'")
+    print(f"Next: agentx sample --checkpoint {grpo} --suite library 'What does `walk` take first?'")
     print(
         f"      agentx train {grpo / 'config.gin'} --gin.TrainConfig.init_from={grpo} "
         f"--run {out / 'grpo_longer'}"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from agentx.model.config import ModelConfig
 
@@ -42,15 +43,32 @@ def write(cache: KVCache, k_new: Array, v_new: Array, new_lengths: Array) -> KVC
     to T. What does not fit into the row's columns is dropped, and does not count.
     """
     num_new, columns = k_new.shape[3], cache.k.shape[3]
-    rows_B1 = jnp.arange(k_new.shape[1])[:, None]
     steps_T = jnp.arange(num_new)
-    # A token that is not to be written goes to a column that does not exist, and scatter drops it.
-    column_BT = jnp.where(steps_T < new_lengths[:, None], cache.lengths[:, None] + steps_T, columns)
+    # A token that is not to be written goes to a column that does not exist, one of its own, and
+    # scatter drops it.
+    written_BT = steps_T < new_lengths[:, None]
+    column_BT = jnp.where(written_BT, cache.lengths[:, None], columns) + steps_T
+
+    # The rows are a batching dimension of the scatter, not indices of it: so XLA sees that rows
+    # which are split over devices stay apart, and gathers nothing.
+    numbers = lax.ScatterDimensionNumbers(
+        update_window_dims=(2, 3, 4),
+        inserted_window_dims=(3,),
+        scatter_dims_to_operand_dims=(3,),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
 
     def append(old_LBKSH: Array, new_LBKTH: Array) -> Array:
-        # Indices that are arrays put their axes, B and T, first.
         new_BTLKH = new_LBKTH.transpose(1, 3, 0, 2, 4).astype(old_LBKSH.dtype)
-        return old_LBKSH.at[:, rows_B1, :, column_BT].set(new_BTLKH, mode="drop")
+        return lax.scatter(
+            old_LBKSH,
+            column_BT[:, :, None],
+            new_BTLKH,
+            numbers,
+            unique_indices=True,
+            mode=lax.GatherScatterMode.FILL_OR_DROP,
+        )
 
     lengths = jnp.minimum(cache.lengths + new_lengths, columns)
     return KVCache(append(cache.k, k_new), append(cache.v, v_new), lengths)

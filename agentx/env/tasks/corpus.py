@@ -149,15 +149,16 @@ class _SparseLines(Sequence[str]):
 
 
 def made_up_name(rng: np.random.Generator, fragments: Sequence[str]) -> str:
-    """A name such as `get_Tarnok2` of one to three fragments, sometimes with capitals or digits.
+    """A name such as `get_tarnok_of_2` of one to four fragments, some with capitals or digits.
 
     `fragments` are pieces of real identifiers: so the made-up names look like real ones to a
-    tokenizer, though few of them are.
+    tokenizer, though few of them are. They also repeat themselves as often ("_of_", "_of_"), which
+    is what makes a name hard to copy.
     """
     style = rng.random()
-    num_parts = 1 + int(2.2 * rng.random() ** 1.5)
+    num_parts = 1 + int(3.3 * rng.random() ** 1.3)
     parts = [fragments[int(rng.integers(len(fragments)))] for _ in range(num_parts)]
-    if style < 0.55:
+    if style < 0.6:
         name = "_".join(parts)
     elif style < 0.75:
         name = "".join(parts)
@@ -172,8 +173,19 @@ def made_up_name(rng: np.random.Generator, fragments: Sequence[str]) -> str:
     return name
 
 
+def _made_up_parameter(rng: np.random.Generator, fragments: Sequence[str]) -> str:
+    """A made-up name, or a single letter, which every seventh parameter in the library is."""
+    if rng.random() < 0.15:
+        return string.ascii_lowercase[rng.integers(26)]
+    return (
+        fragments[rng.integers(len(fragments))]
+        if rng.random() < 0.6
+        else made_up_name(rng, fragments)
+    )
+
+
 def name_fragments(corpus: Corpus) -> list[str]:
-    """Pieces of the corpus' identifiers, and random letters, to make up names from."""
+    """Pieces of the corpus' identifiers, and a quarter as many of random letters, for names."""
     rng = np.random.Generator(np.random.Philox(key=7))
     found: set[str] = set()
     for functions in corpus.functions.values():
@@ -184,7 +196,7 @@ def name_fragments(corpus: Corpus) -> list[str]:
     letters = string.ascii_lowercase
     noise = {
         "".join(letters[i] for i in rng.integers(26, size=rng.integers(1, 6)))
-        for _ in range(len(found))
+        for _ in range(len(found) // 4)
     }
     return sorted(found | noise)
 
@@ -202,7 +214,8 @@ def made_up(rng: np.random.Generator, fragments: Sequence[str], num_files: int =
         found = []
         for line in lines:
             name = made_up_name(rng, fragments)
-            names = [made_up_name(rng, fragments) for _ in range(1 + int(2.5 * rng.random() ** 2))]
+            num_parameters = 1 + int(2.5 * rng.random() ** 2)
+            names = [_made_up_parameter(rng, fragments) for _ in range(num_parameters)]
             parameters = ", ".join(n + ("=None" if rng.random() < 0.2 else "") for n in names)
             owner = "self, " if rng.random() < 0.3 else ""
             signature = f"def {name}({owner}{parameters}):"

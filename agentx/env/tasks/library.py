@@ -160,7 +160,7 @@ def question_text(question: Question, phrasing: int) -> str:
     """The prompt. Names stand in backquotes, so that they are encoded as they are elsewhere."""
     name = f"`{question.function.name}`"
     texts = {
-        "parameter": (f"First parameter of {name}?", f"What does {name} take first?"),
+        "parameter": (f"What does {name} take first?", f"Which argument does {name} take first?"),
         "line_sum": (
             f"Line of {name} plus:{question.added}",
             f"Add to the line of {name}:{question.added}",
