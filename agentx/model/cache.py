@@ -48,30 +48,34 @@ def write(cache: KVCache, k_new: Array, v_new: Array, new_lengths: Array) -> KVC
     # scatter drops it.
     written_BT = steps_T < new_lengths[:, None]
     column_BT = jnp.where(written_BT, cache.lengths[:, None], columns) + steps_T
+    k, v = write_columns(cache.k, k_new, column_BT), write_columns(cache.v, v_new, column_BT)
+    return KVCache(k, v, jnp.minimum(cache.lengths + new_lengths, columns))
 
+
+def write_columns(old: Array, new: Array, column_BT: Array) -> Array:
+    """`old` with the T new columns in place of those that column_BT names; others are dropped.
+
+    old: [L, B, K, S, H] or one layer of it, [B, K, S, H]. new: the same with T for S.
+    """
+    rows, columns = old.ndim - 4, old.ndim - 2
     # The rows are a batching dimension of the scatter, not indices of it: so XLA sees that rows
     # which are split over devices stay apart, and gathers nothing.
     numbers = lax.ScatterDimensionNumbers(
-        update_window_dims=(2, 3, 4),
-        inserted_window_dims=(3,),
-        scatter_dims_to_operand_dims=(3,),
-        operand_batching_dims=(1,),
+        update_window_dims=tuple(range(2, old.ndim)),
+        inserted_window_dims=(columns,),
+        scatter_dims_to_operand_dims=(columns,),
+        operand_batching_dims=(rows,),
         scatter_indices_batching_dims=(0,),
     )
-
-    def append(old_LBKSH: Array, new_LBKTH: Array) -> Array:
-        new_BTLKH = new_LBKTH.transpose(1, 3, 0, 2, 4).astype(old_LBKSH.dtype)
-        return lax.scatter(
-            old_LBKSH,
-            column_BT[:, :, None],
-            new_BTLKH,
-            numbers,
-            unique_indices=True,
-            mode=lax.GatherScatterMode.FILL_OR_DROP,
-        )
-
-    lengths = jnp.minimum(cache.lengths + new_lengths, columns)
-    return KVCache(append(cache.k, k_new), append(cache.v, v_new), lengths)
+    new_BT = jnp.moveaxis(new, (rows, columns), (0, 1)).astype(old.dtype)
+    return lax.scatter(
+        old,
+        column_BT[:, :, None],
+        new_BT,
+        numbers,
+        unique_indices=True,
+        mode=lax.GatherScatterMode.FILL_OR_DROP,
+    )
 
 
 def fork(cache: KVCache, rows: Array) -> KVCache:

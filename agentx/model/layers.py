@@ -29,6 +29,8 @@ _COPY_GAIN = 45.0
 
 Array = jax.Array
 Attend = Callable[[Array, Array, Array], Array]
+# (x, w, num_inputs) -> their product: see `project`.
+Project = Callable[..., Array]
 # (key, shape, dtype) -> fresh values.
 Initializer = Callable[[Array, tuple[int, ...], jnp.dtype], Array]
 
@@ -70,6 +72,24 @@ def _project_backward(
 
 
 project.defvjp(_project_forward, _project_backward)
+
+
+def project_few(x: Array, w: Array, num_inputs: int = 1) -> Array:
+    """`project` for weights from `outputs_first`; for a few tokens on a CPU, and no gradient.
+
+    XLA there packs the second operand of a product anew every time, in the order in which it reads
+    it. With few tokens that should not be the weights, and of them it should read whole rows.
+    """
+    w_inputs = tuple(range(w.ndim - num_inputs, w.ndim))
+    x_inputs = tuple(range(2, 2 + num_inputs))
+    y = lax.dot_general(w, x, ((w_inputs, x_inputs), ((), ())))
+    return jnp.moveaxis(y, (-2, -1), (0, 1))
+
+
+def outputs_first(name: str, w: Array) -> Array:
+    """Parameter `name` of one layer, [*inputs, *outputs], as [*outputs, *inputs]."""
+    num_inputs = 0 if w.ndim == 1 else 2 if name == "w_o" else 1
+    return jnp.moveaxis(w, range(num_inputs), range(-num_inputs, 0))
 
 
 # The backward pass finds the results of `project` saved, and computes again what lies between them.
@@ -171,7 +191,9 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(rngs, config, layers=layers, head_dim=head_dim)
             self.k_norm = RMSNorm(rngs, config, layers=layers, head_dim=head_dim)
 
-    def qkv(self, x_BSD: Array, turn: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    def qkv(
+        self, x_BSD: Array, turn: tuple[Array, Array], project: Project
+    ) -> tuple[Array, Array, Array]:
         """Rotated queries [B, S, N, H], rotated keys and values [B, S, K, H]."""
         q_BSNH = project(x_BSD, self.w_q[...].astype(x_BSD.dtype))
         k_BSKH = project(x_BSD, self.w_k[...].astype(x_BSD.dtype))
@@ -184,7 +206,7 @@ class Attention(nnx.Module):
             constrain(v_BSKH, "batch", "sequence", "kv_heads", None),
         )
 
-    def out(self, o_BSNH: Array) -> Array:
+    def out(self, o_BSNH: Array, project: Project) -> Array:
         """What the heads looked up, as a term of the residual stream [B, S, D]."""
         return project(o_BSNH, self.w_o[...].astype(o_BSNH.dtype), 2)
 
@@ -200,7 +222,7 @@ class MLP(nnx.Module):
         self.w_up = parameter(rngs, inwards, config, layers=layers, embed=embed, mlp=mlp)
         self.w_down = parameter(rngs, outwards, config, layers=layers, mlp=mlp, embed=embed)
 
-    def __call__(self, x_BSD: Array) -> Array:
+    def __call__(self, x_BSD: Array, project: Project) -> Array:
         dtype = x_BSD.dtype
         gate_BSF = project(x_BSD, self.w_gate[...].astype(dtype))
         up_BSF = project(x_BSD, self.w_up[...].astype(dtype))
@@ -220,22 +242,28 @@ class Layer(nnx.Module):
         self.mlp = MLP(rngs, config)
 
     def __call__(
-        self, x_BSD: Array, turn: tuple[Array, Array], attend: Attend
+        self,
+        x_BSD: Array,
+        turn: tuple[Array, Array],
+        attend: Attend,
+        project: Project = project,
     ) -> tuple[Array, tuple[Array, Array]]:
         """The layer's output [B, S, D], and its rotated keys and its values, [B, S, K, H] each.
 
         attend(q [B, S, N, H], k [B, S, K, H], v [B, S, K, H]) -> [B, S, N, H].
+        project: makes the products; `project_few` if the weights are stored for it.
         """
 
         def before(x_BSD):
             with jax.named_scope("qkv"):
-                return self.attention.qkv(self.attention_norm(x_BSD), turn)
+                return self.attention.qkv(self.attention_norm(x_BSD), turn, project)
 
         def after(x_BSD, o_BSNH):
             with jax.named_scope("out"):
-                x_BSD = constrain(x_BSD + self.attention.out(o_BSNH), "batch", "sequence", None)
+                attended_BSD = self.attention.out(o_BSNH, project)
+                x_BSD = constrain(x_BSD + attended_BSD, "batch", "sequence", None)
             with jax.named_scope("mlp"):
-                x_BSD = x_BSD + self.mlp(self.mlp_norm(x_BSD))
+                x_BSD = x_BSD + self.mlp(self.mlp_norm(x_BSD), project)
             return constrain(x_BSD, "batch", "sequence", None)
 
         if self.remat == "dots":

@@ -10,6 +10,7 @@ H head size, D model, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,8 +19,16 @@ from flax import nnx
 from jax import lax
 from jax.nn import initializers
 
+from agentx.model.cache import write_columns
 from agentx.model.config import ModelConfig
-from agentx.model.layers import Layer, RMSNorm, parameter, rotation
+from agentx.model.layers import (
+    Layer,
+    RMSNorm,
+    outputs_first,
+    parameter,
+    project_few,
+    rotation,
+)
 from agentx.sharding import constrain
 from agentx_kernels import hardware as chips
 from agentx_kernels.attention import attention
@@ -87,11 +96,58 @@ class Transformer(nnx.Module):
             x_BTD, (k, v) = nnx.merge(graphdef, layer_weights)(x_BTD, turn, attend)
             return x_BTD, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-        # The scan copies each layer's weights and cache out of their stacks; yet on a CPU a Python
-        # loop over separate layers is no faster (8 layers of 256, 16 rows, 320 columns): both are
-        # bound by reading weights and cache from memory, and a copy leaves them in the CPU's cache.
         x_BTD, new_kv = lax.scan(one_layer, self._embed(tokens), (weights, cache_k, cache_v))
         return self.final_norm(x_BTD), new_kv
+
+    def separate_layers(self) -> list[nnx.State]:
+        """The weights of each layer in arrays of their own, stored for `project_few`.
+
+        A copy of all weights but the embeddings: make it once for many steps.
+        """
+        weights = nnx.state(self.layers)
+
+        def of_layer(at: int) -> nnx.State:
+            return nnx.map_state(
+                lambda path, w: w.replace(outputs_first(path[-1], w[...][at])), weights
+            )
+
+        return [of_layer(at) for at in range(self.config.num_layers)]
+
+    def decode_in_place(
+        self,
+        layers: Sequence[nnx.State],
+        tokens: Array,
+        cache_k: Sequence[Array],
+        cache_v: Sequence[Array],
+        lengths: Array,
+    ) -> tuple[Array, list[Array], list[Array]]:
+        """As `decode`, over separate layers and caches; each layer writes its cache as it goes.
+
+        For CPUs. A scan copies each layer's weights and cache out of their stacks at every step,
+        which an accelerator fuses into what reads them and a CPU does not.
+
+        layers: `separate_layers()`. tokens: i32[B, T], at the positions from `lengths` on. cache_k,
+        cache_v: L arrays [B, K, S, H].
+
+        Returns the hidden states [B, T, D] and the caches with all T tokens in the columns from
+        `lengths` on, as far as there are any: free columns, until the caller counts them.
+        """
+        columns_BT = lengths[:, None] + jnp.arange(tokens.shape[1])
+        turn = rotation(columns_BT, self.config)
+        graphdef = nnx.graphdef(self.layers)
+        caches_k, caches_v = [], []
+        x_BTD = self._embed(tokens)
+        for weights, k_BKSH, v_BKSH in zip(layers, cache_k, cache_v, strict=True):
+
+            def attend(q, k, v, k_BKSH=k_BKSH, v_BKSH=v_BKSH):
+                new = k.swapaxes(1, 2), v.swapaxes(1, 2)
+                # Written before it is read, or XLA keeps a copy of what was there before.
+                caches_k.append(write_columns(k_BKSH, new[0], columns_BT))
+                caches_v.append(write_columns(v_BKSH, new[1], columns_BT))
+                return decode_attention(q, caches_k[-1], caches_v[-1], *new, lengths=lengths)
+
+            x_BTD, _ = nnx.merge(graphdef, weights)(x_BTD, turn, attend, project_few)
+        return self.final_norm(x_BTD), caches_k, caches_v
 
     def unembedding(self) -> Array:
         """[V, D] in the type of the activations: logits are hidden @ unembedding().T."""

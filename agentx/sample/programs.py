@@ -5,6 +5,8 @@
     copy     copies rows of the cache to others: a group's prompt to its members
     resize   the cache with other rows and other columns
 
+The cache is keys and values, [L, B, K, S, H] each; if `separate`, L arrays [B, K, S, H] each.
+
 They are compiled ahead, from shapes alone, and kept by shape: a call can't compile anything unseen,
 and `num_compiled` is the whole truth. The cache is donated and changed in place.
 
@@ -32,6 +34,7 @@ from agentx.sharding import spec, tree_shardings
 Array = Any
 
 MAX_STEPS = 64
+Cache = tuple[Any, Any]
 CACHE_AXES = ("layers", "batch", "kv_heads", None, "head_dim")
 
 
@@ -63,9 +66,13 @@ class Programs:
     """The programs of one model on one mesh.
 
     stop_ids: after which a row stops.
+    separate: whether each layer has a cache and weights of its own, and decoding no scan, so that
+      nothing is copied out of stacks: for CPUs. Compiling then takes longer with every layer.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, stop_ids: tuple[int, ...]):
+    def __init__(
+        self, model: Transformer, mesh: Mesh, stop_ids: tuple[int, ...], *, separate: bool
+    ):
         self._graphdef, abstract = nnx.split(model)
         self._config, self._mesh, self._stop_ids = model.config, mesh, stop_ids
         self.param_shardings = tree_shardings(abstract, mesh)
@@ -74,6 +81,7 @@ class Programs:
             abstract,
             self.param_shardings,
         )
+        self._separate = separate
         self._compiled: dict[tuple, Callable] = {}
 
     @property
@@ -82,13 +90,13 @@ class Programs:
 
     # ------------------------------------------------------------------ calls
 
-    def empty(self, rows: int, columns: int) -> tuple[Array, Array]:
-        """Keys and values, [L, B, K, S, H] each."""
+    def empty(self, rows: int, columns: int) -> Cache:
+        """A cache of nothing."""
         return self._get(("empty", rows, columns), self._empty, (), static=(rows, columns))()
 
     def decode(
-        self, params: Any, cache: tuple[Array, Array], rows: Rows, seed: int, limit: int, floor: int
-    ) -> tuple[tuple[Array, Array], Decoded]:
+        self, params: Any, cache: Cache, rows: Rows, seed: int, limit: int, floor: int
+    ) -> tuple[Cache, Decoded]:
         """Samples in all rows that have a budget.
 
         Ends after `limit` steps (at most MAX_STEPS), or once no more than `floor` rows go on.
@@ -100,12 +108,12 @@ class Programs:
     def feed(
         self,
         params: Any,
-        cache: tuple[Array, Array],
+        cache: Cache,
         rows_R: np.ndarray,
         tokens_RT: np.ndarray,
         starts_R: np.ndarray,
         counts_R: np.ndarray,
-    ) -> tuple[Array, Array]:
+    ) -> Cache:
         """Appends the keys and values of the first counts[r] of tokens[r] to row rows[r].
 
         starts: i32[R], the columns in use by those rows. A count of 0 is padding.
@@ -114,17 +122,13 @@ class Programs:
         run = self._get(("feed", *_shape(cache), *tokens_RT.shape), self._feed, arguments)
         return run(params, *arguments)
 
-    def copy(
-        self, cache: tuple[Array, Array], source_R: np.ndarray, target_R: np.ndarray
-    ) -> tuple[Array, Array]:
+    def copy(self, cache: Cache, source_R: np.ndarray, target_R: np.ndarray) -> Cache:
         """Row target[r] becomes a copy of row source[r]; targets past the last row are padding."""
         arguments = (cache, source_R, target_R)
         run = self._get(("copy", *_shape(cache)), self._copy, arguments, takes_params=False)
         return run(*arguments)
 
-    def resize(
-        self, cache: tuple[Array, Array], source_B: np.ndarray, columns: int
-    ) -> tuple[Array, Array]:
+    def resize(self, cache: Cache, source_B: np.ndarray, columns: int) -> Cache:
         """A cache of len(source) rows, row b a copy of row source[b], in `columns` columns."""
         arguments = (cache, source_B)
         key = ("resize", *_shape(cache), len(source_B), columns)
@@ -171,23 +175,31 @@ class Programs:
         return jax.jit(traced, donate_argnums=donated).lower(*shapes).compile()
 
     def _cache_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
-        return NamedSharding(self._mesh, spec(CACHE_AXES, shape, dict(self._mesh.shape)))
+        """Of the whole cache, or of one layer of it."""
+        axes = CACHE_AXES[-len(shape) :]
+        return NamedSharding(self._mesh, spec(axes, shape, dict(self._mesh.shape)))
 
-    def _constrain(self, cache: tuple[Array, Array]) -> tuple[Array, Array]:
-        k, v = (lax.with_sharding_constraint(x, self._cache_sharding(x.shape)) for x in cache)
-        return k, v
+    def _constrain(self, cache: Cache) -> Cache:
+        return jax.tree.map(
+            lambda x: lax.with_sharding_constraint(x, self._cache_sharding(x.shape)), cache
+        )
 
     # ------------------------------------------------------------------ the programs
 
-    def _empty(self, rows: int, columns: int) -> tuple[Array, Array]:
+    def _empty(self, rows: int, columns: int) -> Cache:
         config = self._config
-        shape = (config.num_layers, rows, config.num_kv_heads, columns, config.head_dim)
-        zeros = jnp.zeros(shape, config.compute_dtype)
-        return self._constrain((zeros, jnp.zeros_like(zeros)))
+        shape = (rows, config.num_kv_heads, columns, config.head_dim)
+
+        def zeros() -> Any:
+            if self._separate:
+                return [jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers)]
+            return jnp.zeros((config.num_layers, *shape), config.compute_dtype)
+
+        return self._constrain((zeros(), zeros()))
 
     def _decode(
-        self, params: nnx.State, cache: tuple[Array, Array], rows: Rows, scalars: Array
-    ) -> tuple[tuple[Array, Array], Decoded]:
+        self, params: nnx.State, cache: Cache, rows: Rows, scalars: Array
+    ) -> tuple[Cache, Decoded]:
         model = nnx.merge(self._graphdef, params)
         seed, limit, floor = scalars
         # A product with a transposed table is slower on a CPU; here it is transposed once a call.
@@ -196,18 +208,26 @@ class Programs:
         nothing_IB = jnp.zeros((MAX_STEPS, rows.token.shape[0]), jnp.float32)
         out = (nothing_IB.astype(jnp.int32) - 1, nothing_IB, nothing_IB)
 
+        layers = model.separate_layers() if self._separate else ()
+
+        def read(token_B1, cache, counts_B):
+            if self._separate:
+                hidden, *kv = model.decode_in_place(layers, token_B1, *cache)
+                cache = KVCache(*kv, cache.lengths + counts_B)
+            else:
+                positions_B1 = cache.lengths[:, None]
+                hidden, new = model.decode(token_B1, positions_B1, *cache)
+                cache = write(cache, *new, counts_B)
+            k, v = self._constrain((cache.k, cache.v))
+            return hidden, KVCache(k, v, cache.lengths)
+
         def goes_on(state):
             step, _, _, active_B, _ = state
             return (step < limit) & (active_B.sum() > floor)
 
         def one_step(state):
             step, cache, token_B, active_B, out = state
-            hidden_B1D, new = model.decode(
-                token_B[:, None], cache.lengths[:, None], cache.k, cache.v, cache.lengths
-            )
-            cache = write(cache, *new, active_B.astype(jnp.int32))
-            k, v = self._constrain((cache.k, cache.v))
-            cache = KVCache(k, v, cache.lengths)
+            hidden_B1D, cache = read(token_B[:, None], cache, active_B.astype(jnp.int32))
             with jax.named_scope("sample"):
                 logits_BV = jnp.dot(hidden_B1D[:, 0], table_DV, preferred_element_type=jnp.float32)
                 # The token to be drawn stands at the position after the one just read.
@@ -223,51 +243,53 @@ class Programs:
             return step + 1, cache, token_B, active_B & ~stopped_B, out
 
         state = (jnp.int32(0), KVCache(*cache, rows.length), rows.token, rows.budget > 0, out)
-        steps, cache_, _, _, out = lax.while_loop(goes_on, one_step, state)
-        return (cache_.k, cache_.v), Decoded(*out, steps)
+        steps, (k, v, _), _, _, out = lax.while_loop(goes_on, one_step, state)
+        return (k, v), Decoded(*out, steps)
 
     def _feed(
         self,
         params: nnx.State,
-        cache: tuple[Array, Array],
+        cache: Cache,
         rows_R: Array,
         tokens_RT: Array,
         starts_R: Array,
         counts_R: Array,
-    ) -> tuple[Array, Array]:
+    ) -> Cache:
         model = nnx.merge(self._graphdef, params)
-        k_LBKSH, v_LBKSH = cache
-        read = k_LBKSH[:, rows_R], v_LBKSH[:, rows_R]
+        read = jax.tree.map(lambda x: x[..., rows_R, :, :, :], cache)
+        if self._separate:
+            read = jnp.stack(read[0]), jnp.stack(read[1])
         steps_T = jnp.arange(tokens_RT.shape[1])
         columns_RT = starts_R[:, None] + steps_T
         _, new = model.decode(tokens_RT, columns_RT, *read, starts_R)
-        columns_RT = jnp.where(steps_T < counts_R[:, None], columns_RT, k_LBKSH.shape[3])
+        if self._separate:
+            new = [*new[0]], [*new[1]]
+        no_column = _shape(cache)[1]
+        columns_RT = jnp.where(steps_T < counts_R[:, None], columns_RT, no_column)
 
-        def append(old_LBKSH: Array, new_LRKTH: Array) -> Array:
+        def append(old: Array, new: Array) -> Array:
             # Indices that are arrays put their axes, R and T, first.
-            new_RTLKH = new_LRKTH.transpose(1, 3, 0, 2, 4)
-            at = old_LBKSH.at[:, rows_R[:, None], :, columns_RT]
-            return at.set(new_RTLKH, mode="drop")
+            at = old.at[..., rows_R[:, None], :, columns_RT, :]
+            return at.set(jnp.moveaxis(new, (-4, -2), (0, 1)), mode="drop")
 
-        return self._constrain((append(k_LBKSH, new[0]), append(v_LBKSH, new[1])))
+        return self._constrain(jax.tree.map(append, cache, new))
 
-    def _copy(
-        self, cache: tuple[Array, Array], source_R: Array, target_R: Array
-    ) -> tuple[Array, Array]:
-        k, v = (x.at[:, target_R].set(x[:, source_R], mode="drop") for x in cache)
-        return self._constrain((k, v))
+    def _copy(self, cache: Cache, source_R: Array, target_R: Array) -> Cache:
+        def one(x: Array) -> Array:
+            read = x[..., source_R, :, :, :]
+            return x.at[..., target_R, :, :, :].set(read, mode="drop")
 
-    def _resize(
-        self, columns: int, cache: tuple[Array, Array], source_B: Array
-    ) -> tuple[Array, Array]:
-        def one(x_LBKSH: Array) -> Array:
-            kept = x_LBKSH[:, source_B, :, :columns]
-            missing = columns - kept.shape[3]
-            return jnp.pad(kept, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
+        return self._constrain(jax.tree.map(one, cache))
 
-        return self._constrain((one(cache[0]), one(cache[1])))
+    def _resize(self, columns: int, cache: Cache, source_B: Array) -> Cache:
+        def one(x: Array) -> Array:
+            kept = x[..., source_B, :, :columns, :]
+            return jnp.pad(kept, [(0, 0)] * (x.ndim - 2) + [(0, columns - kept.shape[-2]), (0, 0)])
+
+        return self._constrain(jax.tree.map(one, cache))
 
 
-def _shape(cache: tuple[Array, Array]) -> tuple[int, int]:
+def _shape(cache: Cache) -> tuple[int, int]:
     """Rows and columns of a cache."""
-    return cache[0].shape[1], cache[0].shape[3]
+    shape = jax.tree.leaves(cache)[0].shape
+    return shape[-4], shape[-2]

@@ -86,7 +86,9 @@ class Slots:
         self.column_sizes = _sizes(max_length, steps, least=64, multiple=32)
         self._feed_rows = min(full, _round_up(16, parts))
         self._feed_length = min(512, max(16, 1 << (max_length // 8).bit_length() - 1))
-        self._programs = Programs(abstract_transformer(config), mesh, stop_ids)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        model = abstract_transformer(config)
+        self._programs = Programs(model, mesh, stop_ids, separate=on_cpu)
         self._seed = seed
         self._lock = threading.Lock()
         self._cache: Any = None
