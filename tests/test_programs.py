@@ -36,22 +36,28 @@ def run(separate: bool, mesh: MeshConfig, num_devices: int) -> dict[str, np.ndar
     cache = programs.copy(cache, np.array([3, 0], np.int32), np.array([7, ROWS], np.int32))
     cache = programs.resize(cache, np.array([0, 1, 2, 3, 4, 5, 6, 7], np.int32), COLUMNS + 32)
 
-    length_B = np.array([8, 0, 0, 12, 0, 12, 0, 12], np.int32)
-    budget_B = np.array([9, 0, 0, 9, 0, 4, 0, 9], np.int32)
+    # Row 0 rests, and what it holds stays, though decode is not told how much that is.
+    used_B = np.array([8, 0, 0, 12, 0, 12, 0, 12], np.int32)
+    budget_B = np.array([0, 0, 0, 9, 0, 4, 0, 9], np.int32)
+    length_B = np.where(budget_B > 0, used_B, 0).astype(np.int32)
     token_B = np.full(ROWS, 11, np.int32)
     request_B = np.arange(ROWS, dtype=np.uint32)
     sampling = SamplingParams(*(np.full(ROWS, x, np.float32) for x in (1.0, 0, 1.0)))
     rows = Rows(token_B, length_B, request_B, budget_B, sampling)
     cache, decoded = programs.decode(params, cache, rows, 1, 9, 0)
     k, v = stacked(cache)
-    used = np.arange(COLUMNS + 32) < length_B[:, None]
+    used = np.arange(COLUMNS + 32) < used_B[:, None]
     k, v = (np.where(used[:, None, :, None], x, 0) for x in (k, v))
     return {"k": k, "v": v, **{name: np.asarray(x) for name, x in decoded._asdict().items()}}
 
 
 @pytest.mark.parametrize(
     ("mesh", "num_devices"),
-    [(MeshConfig(), 1), (MeshConfig(data=4, tensor=2), 8), (MeshConfig(data=2, fsdp=2, tensor=2), 8)],
+    [
+        (MeshConfig(), 1),
+        (MeshConfig(data=4, tensor=2), 8),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 8),
+    ],
 )
 def test_separate_layers_sample_what_scanned_ones_do(mesh, num_devices):
     scanned, separate = (run(is_separate, mesh, num_devices) for is_separate in (False, True))

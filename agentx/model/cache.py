@@ -43,13 +43,19 @@ def write(cache: KVCache, k_new: Array, v_new: Array, new_lengths: Array) -> KVC
     to T. What does not fit into the row's columns is dropped, and does not count.
     """
     num_new, columns = k_new.shape[3], cache.k.shape[3]
-    steps_T = jnp.arange(num_new)
-    # A token that is not to be written goes to a column that does not exist, one of its own, and
-    # scatter drops it.
-    written_BT = steps_T < new_lengths[:, None]
-    column_BT = jnp.where(written_BT, cache.lengths[:, None], columns) + steps_T
+    column_BT = new_columns(cache.lengths, new_lengths, num_new, columns)
     k, v = write_columns(cache.k, k_new, column_BT), write_columns(cache.v, v_new, column_BT)
     return KVCache(k, v, jnp.minimum(cache.lengths + new_lengths, columns))
+
+
+def new_columns(lengths: Array, new_lengths: Array, num_new: int, columns: int) -> Array:
+    """For `write_columns`: where each row's new tokens go, i32[B, T]; lengths and counts i32[B].
+
+    A token that is not to be written goes to a column that does not exist, one of its own.
+    """
+    steps_T = jnp.arange(num_new)
+    written_BT = steps_T < new_lengths[:, None]
+    return jnp.where(written_BT, lengths[:, None], columns) + steps_T
 
 
 def write_columns(old: Array, new: Array, column_BT: Array) -> Array:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 from jax.nn import initializers
 
-from agentx.model.cache import write_columns
+from agentx.model.cache import new_columns, write_columns
 from agentx.model.config import ModelConfig
 from agentx.model.layers import (
     Layer,
@@ -120,6 +120,7 @@ class Transformer(nnx.Module):
         cache_k: Sequence[Array],
         cache_v: Sequence[Array],
         lengths: Array,
+        new_lengths: Array,
     ) -> tuple[Array, list[Array], list[Array]]:
         """As `decode`, over separate layers and caches; each layer writes its cache as it goes.
 
@@ -127,13 +128,14 @@ class Transformer(nnx.Module):
         which an accelerator fuses into what reads them and a CPU does not.
 
         layers: `separate_layers()`. tokens: i32[B, T], at the positions from `lengths` on. cache_k,
-        cache_v: L arrays [B, K, S, H].
+        cache_v: L arrays [B, K, S, H]. new_lengths: i32[B], how many of the T tokens each row keeps
+        (see `cache.write`).
 
-        Returns the hidden states [B, T, D] and the caches with all T tokens in the columns from
-        `lengths` on, as far as there are any: free columns, until the caller counts them.
+        Returns the hidden states [B, T, D] and the caches.
         """
-        columns_BT = lengths[:, None] + jnp.arange(tokens.shape[1])
-        turn = rotation(columns_BT, self.config)
+        num_new, columns = tokens.shape[1], cache_k[0].shape[2]
+        columns_BT = new_columns(lengths, new_lengths, num_new, columns)
+        turn = rotation(lengths[:, None] + jnp.arange(num_new), self.config)
         graphdef = nnx.graphdef(self.layers)
         caches_k, caches_v = [], []
         x_BTD = self._embed(tokens)

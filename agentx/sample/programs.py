@@ -212,7 +212,7 @@ class Programs:
 
         def read(token_B1, cache, counts_B):
             if self._separate:
-                hidden, *kv = model.decode_in_place(layers, token_B1, *cache)
+                hidden, *kv = model.decode_in_place(layers, token_B1, *cache, counts_B)
                 cache = KVCache(*kv, cache.lengths + counts_B)
             else:
                 positions_B1 = cache.lengths[:, None]
