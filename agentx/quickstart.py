@@ -172,6 +172,13 @@ def run(out: Path, seed: int, ablate: str, overrides: Sequence[str]) -> int:
         f"{100 * promise['high']:.1f}], promised {100 * promise['required']:+.1f}",
         markup=False,
     )
+    if ablated:
+        last = ablated[-1]["scores"]["success"]
+        console.print(
+            f"Without the tool objectives: {100 * last['value']:.1f} % [{100 * last['low']:.1f}, "
+            f"{100 * last['high']:.1f}] after {STAGES[-1]}; the report has the other scores",
+            markup=False,
+        )
     print(f"\nThe report is {report}")
     grpo = out / "grpo"
     print(f"Next: agentx sample --checkpoint {grpo} --suite library 'What does `walk` take first?'")

@@ -234,9 +234,10 @@ def test_another_seed_or_setting_is_refused_in_the_same_folder(finished, capsys)
         assert f"{finished.out}/config.gin is of another config" in capsys.readouterr().err
 
 
-def test_the_ablation_differs_in_its_pretraining_alone(finished):
+def test_the_ablation_differs_in_its_pretraining_alone(finished, capsys):
     before = finished.results
     code, _ = run(finished.out, PROMISE, "--ablate", "objectives")
+    assert "Without the tool objectives: " in capsys.readouterr().err
     after = finished.results
     assert code == finished.code
     ablation = after.pop("ablation")
