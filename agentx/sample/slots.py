@@ -10,6 +10,7 @@ Legend: B rows, R rows fed at once, T tokens fed to a row at once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import threading
@@ -86,9 +87,7 @@ class Slots:
         self.column_sizes = _sizes(max_length, steps, least=64, multiple=32)
         self._feed_rows = min(full, _round_up(16, parts))
         self._feed_length = min(512, max(16, 1 << (max_length // 8).bit_length() - 1))
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        model = abstract_transformer(config)
-        self._programs = Programs(model, mesh, stop_ids, separate=on_cpu)
+        self._programs = _programs(config, mesh, stop_ids)
         self._seed = seed
         self._lock = threading.Lock()
         self._cache: Any = None
@@ -196,6 +195,13 @@ class Slots:
             for r, (source, target) in enumerate(copies[i : i + self._feed_rows]):
                 source_R[r], target_R[r] = source, target
             self._cache = self._programs.copy(self._cache, source_R, target_R)
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(config: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...]) -> Programs:
+    """One for all engines of the same policy: a run's rollouts and its evaluations compile once."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return Programs(abstract_transformer(config), mesh, stop_ids, separate=on_cpu)
 
 
 def _rows(rows: int, running: list[Running]) -> Rows:
