@@ -180,7 +180,7 @@ class Engine:
 
     @property
     def num_compilations(self) -> int:
-        """How many programs have been compiled so far."""
+        """How many programs have been compiled so far, by all engines of the same policy."""
         return self._slots.num_compiled
 
     def warm_up(self) -> None:
