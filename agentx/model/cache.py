@@ -8,7 +8,7 @@ Legend: L layers, B rows, K KV heads, S columns, T new tokens, H head size, R ro
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,13 @@ Array = jax.Array
 
 
 class KVCache(NamedTuple):
-    """k, v: [L, B, K, S, H], keys after rotation. lengths: i32[B], the columns that a row uses."""
+    """k, v: [L, B, K, S, H], keys after rotation; or a list each, of L arrays [B, K, S, H].
 
-    k: Array
-    v: Array
+    lengths: i32[B], the columns that a row uses.
+    """
+
+    k: Any
+    v: Any
     lengths: Array
 
 

@@ -212,8 +212,10 @@ class Programs:
 
         def read(token_B1, cache, counts_B):
             if self._separate:
-                hidden, *kv = model.decode_in_place(layers, token_B1, *cache, counts_B)
-                cache = KVCache(*kv, cache.lengths + counts_B)
+                hidden, k, v = model.decode_in_place(
+                    layers, token_B1, cache.k, cache.v, cache.lengths, counts_B
+                )
+                cache = KVCache(k, v, cache.lengths + counts_B)
             else:
                 positions_B1 = cache.lengths[:, None]
                 hidden, new = model.decode(token_B1, positions_B1, *cache)
@@ -256,14 +258,13 @@ class Programs:
         counts_R: Array,
     ) -> Cache:
         model = nnx.merge(self._graphdef, params)
-        read = jax.tree.map(lambda x: x[..., rows_R, :, :, :], cache)
+        k, v = jax.tree.map(lambda x: x[..., rows_R, :, :, :], cache)
         if self._separate:
-            read = jnp.stack(read[0]), jnp.stack(read[1])
+            k, v = jnp.stack(k), jnp.stack(v)
         steps_T = jnp.arange(tokens_RT.shape[1])
         columns_RT = starts_R[:, None] + steps_T
-        _, new = model.decode(tokens_RT, columns_RT, *read, starts_R)
-        if self._separate:
-            new = [*new[0]], [*new[1]]
+        _, (k_new, v_new) = model.decode(tokens_RT, columns_RT, k, v, starts_R)
+        new: Cache = ([*k_new], [*v_new]) if self._separate else (k_new, v_new)
         no_column = _shape(cache)[1]
         columns_RT = jnp.where(steps_T < counts_R[:, None], columns_RT, no_column)
 

@@ -176,9 +176,9 @@ def made_up_name(rng: np.random.Generator, fragments: Sequence[str]) -> str:
 def _made_up_parameter(rng: np.random.Generator, fragments: Sequence[str]) -> str:
     """A made-up name, or a single letter, which every seventh parameter in the library is."""
     if rng.random() < 0.15:
-        return string.ascii_lowercase[rng.integers(26)]
+        return string.ascii_lowercase[int(rng.integers(26))]
     return (
-        fragments[rng.integers(len(fragments))]
+        fragments[int(rng.integers(len(fragments)))]
         if rng.random() < 0.6
         else made_up_name(rng, fragments)
     )
