@@ -9,7 +9,7 @@ from agentx.sample.programs import Programs, Rows
 from agentx.sample.sampling import SamplingParams
 from agentx.sharding import MeshConfig, make_mesh
 
-CONFIG = ModelConfig(96, 32, 3, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=64)
+CONFIG = ModelConfig(96, 32, 2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=64)
 ROWS, COLUMNS = 8, 32
 
 
@@ -53,11 +53,7 @@ def run(separate: bool, mesh: MeshConfig, num_devices: int) -> dict[str, np.ndar
 
 @pytest.mark.parametrize(
     ("mesh", "num_devices"),
-    [
-        (MeshConfig(), 1),
-        (MeshConfig(data=4, tensor=2), 8),
-        (MeshConfig(data=2, fsdp=2, tensor=2), 8),
-    ],
+    [(MeshConfig(), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 8)],
 )
 def test_separate_layers_sample_what_scanned_ones_do(mesh, num_devices):
     scanned, separate = (run(is_separate, mesh, num_devices) for is_separate in (False, True))
