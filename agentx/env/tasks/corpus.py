@@ -149,7 +149,7 @@ class _SparseLines(Sequence[str]):
 
 
 def made_up_name(rng: np.random.Generator, fragments: Sequence[str]) -> str:
-    """A name such as `get_tarnok_of_2` of one to four fragments, some with capitals or digits.
+    """A name such as `get_tarnok_of2` of one to four fragments, some with capitals or digits.
 
     `fragments` are pieces of real identifiers: so the made-up names look like real ones to a
     tokenizer, though few of them are. They also repeat themselves as often ("_of_", "_of_"), which
@@ -174,14 +174,12 @@ def made_up_name(rng: np.random.Generator, fragments: Sequence[str]) -> str:
 
 
 def _made_up_parameter(rng: np.random.Generator, fragments: Sequence[str]) -> str:
-    """A made-up name, or a single letter, which every seventh parameter in the library is."""
+    """A single letter, which every seventh parameter in the library is, a word or a longer name."""
     if rng.random() < 0.15:
         return string.ascii_lowercase[int(rng.integers(26))]
-    return (
-        fragments[int(rng.integers(len(fragments)))]
-        if rng.random() < 0.6
-        else made_up_name(rng, fragments)
-    )
+    if rng.random() < 0.6:
+        return fragments[int(rng.integers(len(fragments)))]
+    return made_up_name(rng, fragments)
 
 
 def name_fragments(corpus: Corpus) -> list[str]:
