@@ -20,10 +20,14 @@ _NEVER = 2**31 - 1
 
 
 def prepare_cpu(num_devices: int) -> None:
-    """Makes `num_devices` devices of the CPU and keeps freed memory. Accelerators are untouched.
+    """Makes `num_devices` devices of the CPU, and keeps freed memory. With 1, does nothing.
 
-    XLA_FLAGS that say how many devices to make go first. Raises RuntimeError once JAX has devices.
+    1 is what the hosts of accelerators have: one arena of memory is nothing that the many threads
+    of a data pipeline should have to share. XLA_FLAGS that say how many devices to make go first.
+    Raises RuntimeError once JAX has devices.
     """
+    if num_devices == 1:
+        return
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", num_devices)
     if sys.platform == "linux":
