@@ -67,9 +67,9 @@ def make_train_step(
     temperature: what logits are divided by; a policy's is the one it samples with.
 
     Metrics, f32[] each: loss; weight_sum, the sum of weights; tokens, how many had weight;
-    grad_norm, before clipping; learning_rate; nonfinite/GROUP, 1 where the gradients of a top-level
-    group of parameters hold a NaN or an infinity; and the loss's own. A batch without weight has
-    loss 0 and gradients of 0.
+    grad_norm, before clipping; learning_rate; nonfinite/GROUP, 1 where the norm of the gradients of
+    a top-level group of parameters is a NaN or infinite; and the loss's own. A batch without
+    weight has loss 0 and gradients of 0.
 
     The step raises ValueError where the batch does not divide evenly over micro-batches and
     devices. The jitted function behind that check is its `__wrapped__`, to compile ahead of time.
@@ -99,13 +99,17 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
+        squares = {group: optax.tree.norm(g, squared=True) for group, g in grads.items()}
         metrics = {
             "loss": value,
             "weight_sum": weight_sum,
             "tokens": jnp.sum(batch.weights > 0, dtype=jnp.float32),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": jnp.sqrt(jnp.sum(jnp.stack(list(squares.values())))),
             "learning_rate": jnp.float32(optimizer.learning_rate(state.step)),
-            **{f"nonfinite/{group}": _is_nonfinite(g) for group, g in grads.items()},
+            **{
+                f"nonfinite/{group}": 1.0 - jnp.isfinite(square)
+                for group, square in squares.items()
+            },
             **{name: metric.result() for name, metric in loss_metrics.items()},
         }
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -182,8 +186,3 @@ def _abstract_state(abstract_params: nnx.State, optimizer: Optimizer) -> TrainSt
 def _cut(x_BS: Array, num_micro_batches: int) -> Array:
     """[B, S] -> [M, B / M, S]. Every M-th row, so that each device keeps the rows it has."""
     return x_BS.reshape(-1, num_micro_batches, *x_BS.shape[1:]).swapaxes(0, 1)
-
-
-def _is_nonfinite(grads: Any) -> Array:
-    finite = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]
-    return 1.0 - jnp.all(jnp.stack(finite)).astype(jnp.float32)

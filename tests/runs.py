@@ -1,8 +1,6 @@
 """Tiny runs that several tests share: their inputs, and a config for every kind of training."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 from fakes import SAY, EchoEnv, say
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 from agentx.cli.runs import load_run
 from agentx.data.objectives import NextToken, PlainText
@@ -117,25 +114,6 @@ def make_config(kind: str, folder: Path, **changes: object) -> TrainConfig:
 def params_of(run: Path) -> dict[str, np.ndarray]:
     """The parameters of a run's newest complete checkpoint, by name."""
     return {name: np.asarray(x) for name, x in flatten_params(load_run(run).params).items()}
-
-
-@contextlib.contextmanager
-def compilations_in(folder: Path) -> Iterator[dict[str, str]]:
-    """Compiles nothing twice, in this process or in children that get the variables yielded."""
-    variables = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    before = {name: getattr(jax.config, name.lower()) for name in variables}
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    try:
-        yield variables
-    finally:
-        for name, value in before.items():
-            jax.config.update(name.lower(), value)
-        compilation_cache.reset_cache()
 
 
 def assert_transformers_agrees(run: Path, folder: Path, prompt: list[int]) -> None:

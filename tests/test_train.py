@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from runs import BYTES, MODEL, compilations_in, make_config, params_of, write_inputs
+from runs import BYTES, MODEL, make_config, params_of, write_inputs
 
 from agentx import train as driver
 from agentx.batch import Batch
@@ -25,12 +25,6 @@ from agentx.step import TrainState, make_train_step
 from agentx.tokenizer import Tokenizer
 from agentx.train import TrainConfig, checkpoint_dir, load_params, train
 from agentx.trajectory import Origin
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    with compilations_in(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import rich.console
-from runs import BYTES, assert_transformers_agrees, compilations_in
+from runs import BYTES, assert_transformers_agrees
 
 from agentx import quickstart
 from agentx.cli.config import load_config
@@ -91,11 +91,8 @@ PROMISE = "--gin.QuickstartConfig.required_gain=1.01"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def lucky(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        compilations_in(tmp_path_factory.mktemp("compiled")),
-    ):
+def lucky() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "exact_answer", luck)
         yield
 

@@ -11,12 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import compilations_in, make_config, params_of, write_inputs
+from runs import make_config, params_of, write_inputs
 
 from agentx import checkpoint
 from agentx.cli.config import save_config
@@ -25,6 +24,10 @@ from agentx.metrics import read_metrics
 from agentx.train import checkpoint_dir, train
 
 TESTS = Path(__file__).parent.parent
+VARIABLES = {
+    **os.environ,
+    "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+}
 KINDS = ("pretrain", "sft", "rl")
 # What is measured with a clock, and so differs from run to run.
 CLOCKS = ("time", "rollout_s")
@@ -55,15 +58,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of child processes, in which this one's compilations are known."""
-    with compilations_in(tmp_path_factory.mktemp("compiled")) as variables:
-        path = f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        yield {**os.environ, **variables, "PYTHONPATH": path}
-
-
-@pytest.fixture(scope="module")
-def folder(variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Inputs, and three runs that nobody stopped: pretraining, SFT after it, RL after that."""
     folder = tmp_path_factory.mktemp("runs")
     write_inputs(folder)
@@ -110,11 +105,11 @@ def test_the_runs_to_compare_with_did_learn(folder):
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_parameters(
-    variables, folder, tmp_path, caplog, kind, when, step, left
+    folder, tmp_path, caplog, kind, when, step, left
 ):
     run = tmp_path / "killed"
     arguments = [kind, folder, run, when, step]
-    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], env=variables)
+    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], env=VARIABLES)
     assert done.returncode == -signal.SIGKILL
     assert checkpoints(run) == left
     train(make_config(kind, folder), run)
@@ -130,11 +125,11 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def test_a_run_may_be_killed_at_any_moment_again_and_again(variables, folder, tmp_path):
+def test_a_run_may_be_killed_at_any_moment_again_and_again(folder, tmp_path):
     run, rng = tmp_path / "killed", random.Random(0)
     command = [sys.executable, __file__, "pretrain", str(folder), str(run), "after", "0"]
     for _ in range(3):
-        process = subprocess.Popen(command, env=variables)
+        process = subprocess.Popen(command, env=VARIABLES)
         time.sleep(rng.uniform(2, 5))
         process.kill()
         process.wait()
@@ -142,16 +137,14 @@ def test_a_run_may_be_killed_at_any_moment_again_and_again(variables, folder, tm
     assert_same_run(run, folder / "pretrain")
 
 
-def test_sigterm_saves_and_exits_with_0_and_the_same_command_goes_on(
-    variables, folder, tmp_path, capsys
-):
+def test_sigterm_saves_and_exits_with_0_and_the_same_command_goes_on(folder, tmp_path, capsys):
     config = make_config("pretrain", folder, num_steps=200, checkpoint_every=100)
     run, file = tmp_path / "stopped", tmp_path / "run.gin"
     save_config(config, file)
     command = ["train", str(file), "--run", str(run)]
     code = "import sys; from agentx.cli.main import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *command], env=variables, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *command], env=VARIABLES, stdout=subprocess.PIPE, text=True
     )
     wait_for_steps(run, 5, process)
     process.send_signal(signal.SIGTERM)
