@@ -242,7 +242,7 @@ class _Pipeline:
 
                 def documents(name: str) -> Iterator[Trajectory]:
                     field = "text" if name == "text" else ""
-                    for one in read_trajectories([data / f"{name}.jsonl"], field, tokenizer):
+                    for one in read_trajectories(data / f"{name}.jsonl", tokenizer, field=field):
                         progress.update(next(written), num_tokens=len(one))
                         yield one
 

@@ -17,6 +17,8 @@ field is encoded apart from its neighbours.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +48,40 @@ def _parse_value(text: str, json_type: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):  # no JSON, or deeper or longer than Python reads
         return text
+
+
+def as_tool_format(messages: Sequence[Message]) -> list[Message]:
+    """Messages as the tool format can say them: one call a message, and no text beside a call.
+
+    Calls made together are made one after the other, each with its result behind it; text beside a
+    call becomes the end of the thought before it. The results of a message's calls must follow it
+    in the order of the calls; those of the last may be missing.
+    """
+    told: list[Message] = []
+    at = 0
+    while at < len(messages):
+        message = messages[at]
+        at += 1
+        if not message.tool_calls:
+            told.append(message)
+            continue
+        results = list(itertools.takewhile(lambda m: m.role == "tool", messages[at:]))
+        at += len(results)
+        thought = "\n".join(text for text in (message.thought, message.content) if text)
+        for number, call in enumerate(message.tool_calls):
+            own = results[number : number + 1]
+            outcome = message.outcome
+            if own and len(message.tool_calls) > 1 and outcome is Outcome.FAILED:
+                outcome = own[0].outcome  # another of the calls may be what failed
+            told.append(
+                dataclasses.replace(
+                    message, content="", thought=thought, tool_calls=(call,), outcome=outcome
+                )
+            )
+            told += own
+            thought = ""
+        told += results[len(message.tool_calls) :]
+    return told
 
 
 class ToolRenderer:

@@ -231,7 +231,7 @@ def test_any_conversation_survives_its_json_form(listed):
 def test_a_malformed_conversation_is_named_by_line_message_and_field(tmp_path, record, sentence):
     path = lines_of(tmp_path / "c.jsonl", record)
     with pytest.raises(ValueError, match=re.escape(f"{path}:1: {sentence}")):
-        list(read_conversations(path))
+        list(read_conversations(path, format="agentx"))
     good = {"messages": [{"role": "user", "content": "hi"}]}
     counts = ReadCounts()
     found = list(read_conversations(lines_of(path, good, record), on_error="skip", counts=counts))

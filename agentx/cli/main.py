@@ -316,22 +316,36 @@ def tokenizer_info(
 def data_build(
     context: Context,
     paths: Annotated[
-        list[Path], typer.Argument(help="JSONL files, text files or folders of text.")
+        list[Path], typer.Argument(help="JSON, JSONL or text files, globs, or folders of text.")
     ],
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer.model.")],
     out: Annotated[Path, typer.Option(help="The folder of the token store to write.")],
     field: Annotated[
         str, typer.Option(help='JSONL of texts: the field that holds them, "text" for instance.')
     ] = "",
+    format: Annotated[
+        str, typer.Option(help="Of conversations: openai, sharegpt, ...; else recognised.")
+    ] = "",
+    on_error: Annotated[
+        str, typer.Option(help="raise, or skip records that cannot be read, and count them.")
+    ] = "raise",
 ) -> None:
-    """Tokenises documents into a store, once. JSONL holds conversations unless --field is given."""
-    from agentx.cli.documents import read_trajectories
-    from agentx.data.store import TokenStore
+    """Tokenises documents into a store, once. JSON holds conversations unless --field is given."""
+    from agentx.cli.documents import build_store
     from agentx.tokenizer import Tokenizer
 
     _refuse_overrides(context)
-    model = Tokenizer.load(tokenizer)
-    store = TokenStore.write(out, read_trajectories(paths, field, model), model.fingerprint)
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"--on-error {on_error}: it must be raise or skip")
+    store, counts = build_store(
+        paths,
+        Tokenizer.load(tokenizer),
+        out,
+        field=field,
+        format=format,
+        on_error="skip" if on_error == "skip" else "raise",
+    )
+    print(counts)
     _done(
         f"{len(store)} documents, {store.num_tokens} tokens, are in {out}",
         f"agentx data inspect {out} --tokenizer {tokenizer}",
