@@ -23,6 +23,7 @@ REGISTRY = {
     "NextToken": "agentx.data.objectives.NextToken",
     "PlainText": "agentx.data.objectives.PlainText",
     "InfillCall": "agentx.data.objectives.InfillCall",
+    "InfillPlan": "agentx.data.objectives.InfillPlan",
     "Mixture": "agentx.data.objectives.Mixture",
     "LibraryTasks": "agentx.env.tasks.library.LibraryTasks",
     "RecordingConfig": "agentx.env.tasks.recordings.RecordingConfig",

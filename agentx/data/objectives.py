@@ -23,6 +23,7 @@ from agentx.tokenizer import SPECIAL_TOKENS
 from agentx.trajectory import Outcome, Role, Span, Trajectory
 
 _BOS = SPECIAL_TOKENS.index("<|bos|>")
+_THOUGHT = SPECIAL_TOKENS.index("<|thought|>")
 _CALL = SPECIAL_TOKENS.index("<|call|>")
 _END = SPECIAL_TOKENS.index("<|end|>")
 _FIM_PREFIX = SPECIAL_TOKENS.index("<|fim_prefix|>")
@@ -31,6 +32,9 @@ _FIM_MIDDLE = SPECIAL_TOKENS.index("<|fim_middle|>")
 
 # The spans that the assistant writes: only of these can a step have failed or recovered.
 _ASSISTANT = (Role.THOUGHT, Role.CALL, Role.ARGUMENTS, Role.ANSWER)
+
+# What a step is made of, after the thought behind it.
+_STEP = (Role.CALL, Role.ARGUMENTS, Role.OBSERVATION)
 
 # Streams of random numbers for one document that must not touch each other.
 _CHOOSE, _CUT = 0, 1
@@ -219,14 +223,8 @@ class InfillCall:
     context: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"InfillCall.rate is {self.rate}; it must be in [0, 1]")
-        shares = (self.whole, self.name, self.arguments)
-        if min(shares) < 0 or sum(shares) <= 0:
-            raise ValueError(
-                "InfillCall.whole, name and arguments must be 0 or more and not all 0, got "
-                f"{self.whole}, {self.name} and {self.arguments}"
-            )
+        shares = {"whole": self.whole, "name": self.name, "arguments": self.arguments}
+        _check_rates("InfillCall", self.rate, shares)
         if self.context < 0:
             raise ValueError(f"InfillCall.context is {self.context}; it must be 0 or more")
 
@@ -243,11 +241,10 @@ class InfillCall:
         if not calls:
             return example
         start, arguments, stop = calls[int(rng.integers(len(calls)))]
-        shares = np.cumsum([self.whole, self.name, self.arguments])
-        cut = int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))
+        cut = _draw(rng, (self.whole, self.name, self.arguments))
         begin = (start, start + 1, arguments + 1)[cut]
         end = (stop, arguments, stop - 1)[cut]
-        return self._rearranged(example, begin, end, closed=cut == 0)
+        return _fill_in(example, begin, end, self.context, end_of=end - 1 if cut else None)
 
     def _calls(self, trajectory: Trajectory) -> list[tuple[int, int, int]]:
         """Where each call that may be cut starts, where its arguments start, and where it stops.
@@ -270,38 +267,160 @@ class InfillCall:
             column = middle
         return calls
 
-    def _rearranged(self, example: Example, begin: int, end: int, *, closed: bool) -> Example:
-        """PSM of `ids[begin:end]`; `closed` says that the middle brings its own <|end|>."""
-        head = int(example.ids[0] == _BOS)
-        prefix, suffix = np.arange(head, begin), np.arange(end, len(example))
-        middle = np.arange(begin, end)
-        # A marker takes role, origin and outcome from the token it stands before, or from the last.
-        last = end - 1
-        after = min(end, len(example) - 1)
-        markers = (
-            (np.arange(head), None),
-            (np.array([head]), _FIM_PREFIX),
-            (prefix, None),
-            (np.array([after]), _FIM_SUFFIX),
-            (suffix, None),
-            (np.array([begin]), _FIM_MIDDLE),
-            (middle, None),
-            (np.array([] if closed else [last], np.int64), _END),
+
+@dataclasses.dataclass(frozen=True)
+class InfillPlan:
+    """Moves a thought to the end, to be filled in from what came of it; or the steps it led to.
+
+    From what was done, and what came back, to the plan behind it: hindsight. From the plan, and how
+    it ended, to the steps in between: planning. The rearrangement is that of `InfillCall`, and the
+    middle ends with <|end|>. Of this document:
+
+        <|bos|> <|user|> go <|thought|> os <|call|> ls <|arguments|> x <|end|>
+        <|observation|> . <|end|> <|answer|> 2 <|end|>
+
+    The thought cut out:
+
+        token    <|bos|> <|fim_prefix|> <|user|> go
+        weight         0              0        0  0
+        token    <|fim_suffix|> <|call|> ls <|arguments|> x <|end|>
+        weight                0        1  1             1 1       1
+        token    <|observation|> . <|end|> <|answer|> 2 <|end|>
+        weight                 0 0       0          1 1       1
+        token    <|fim_middle|> <|thought|> os <|end|>
+        weight                0           1  1       1
+
+    The steps that it led to, up to the next thought, user or answer:
+
+        token    <|bos|> <|fim_prefix|> <|user|> go <|thought|> os
+        weight         0              0        0  0           1  1
+        token    <|fim_suffix|> <|answer|> 2 <|end|>
+        weight                0          1 1       1
+        token    <|fim_middle|> <|call|> ls <|arguments|> x <|end|>
+        weight                0        1  1             1 1       1
+        token    <|observation|> . <|end|> <|end|>
+        weight                 0 0       0       1
+
+    rate: the probability that a document with a thought to cut is rearranged; the others are left
+      to `base`, which also sets all weights.
+    thought, steps: how often each cut is taken, relative to the other.
+    context: multiplies the weights of what is not the middle, in documents that are rearranged.
+    A thought of weight 0 under `base` (that of a failed step, by default) is not cut, and neither
+    are steps that begin with a call of weight 0.
+    """
+
+    rate: float = 0.5
+    base: NextToken = NextToken()
+    thought: float = 1.0
+    steps: float = 1.0
+    context: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_rates("InfillPlan", self.rate, {"thought": self.thought, "steps": self.steps})
+        if self.context < 0:
+            raise ValueError(f"InfillPlan.context is {self.context}; it must be 0 or more")
+
+    def room(self, trajectory: Trajectory) -> int:
+        """3 markers and an <|end|>, where there is a thought to cut."""
+        return 4 if self.rate > 0 and any(self._cuts(trajectory)) else 0
+
+    def __call__(self, trajectory: Trajectory, seed: int, epoch: int, index: int) -> Example:
+        example = self.base(trajectory, seed, epoch, index)
+        rng = random_generator(seed, epoch, index, _CUT)
+        if rng.random() >= self.rate:
+            return example
+        kinds = self._cuts(trajectory)
+        shares = [
+            s if cuts else 0.0 for s, cuts in zip((self.thought, self.steps), kinds, strict=True)
+        ]
+        if not any(shares):
+            return example
+        cuts = kinds[_draw(rng, shares)]
+        begin, end = cuts[int(rng.integers(len(cuts)))]
+        return _fill_in(example, begin, end, self.context, end_of=begin)
+
+    def _cuts(self, trajectory: Trajectory) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """(begin, end) of each thought that may be cut, and of the steps after each that may be.
+
+        A thought is one that the piece at hand holds from its marker, with something after it.
+        """
+        spans = trajectory.spans
+        starts = [0, *itertools.accumulate(len(span.ids) for span in spans)]
+        table = self.base._table
+        thoughts, steps = [], []
+        for at, span in enumerate(spans[:-1]):
+            if span.role is not Role.THOUGHT or span.ids[0] != _THOUGHT:
+                continue
+            if self.thought and table[Role.THOUGHT, span.outcome] > 0:
+                thoughts.append((starts[at], starts[at + 1]))
+            following = itertools.takewhile(lambda s: s.role in _STEP, spans[at + 1 :])
+            stop = at + 1 + sum(1 for _ in following)
+            if (
+                self.steps
+                and stop > at + 1
+                and spans[stop - 1].ids[-1] == _END
+                and table[Role.CALL, spans[at + 1].outcome] > 0
+            ):
+                steps.append((starts[at + 1], starts[stop]))
+        return thoughts, steps
+
+
+def _check_rates(name: str, rate: float, shares: dict[str, float]) -> None:
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{name}.rate is {rate}; it must be in [0, 1]")
+    if min(shares.values()) < 0 or sum(shares.values()) <= 0:
+        *most, last = shares
+        *values, value = shares.values()
+        raise ValueError(
+            f"{name}.{', '.join(most)} and {last} must be 0 or more and not all 0, got "
+            f"{', '.join(map(str, values))} and {value}"
         )
-        source = np.concatenate([columns for columns, _ in markers])
-        ids, weights = example.ids[source], example.weights[source] * self.context
-        column = 0
-        for columns, marker in markers:
-            if marker is not None and len(columns):
-                ids[column] = marker
-                weights[column] = 0.0
-            column += len(columns)
-        num_middle = end - begin + (not closed)
-        weights[-num_middle:] = example.weights[source[-num_middle:]]
-        weights[0] = 0.0
-        return Example(
-            ids, weights, example.roles[source], example.origins[source], example.outcomes[source]
-        )
+
+
+def _draw(rng: np.random.Generator, shares: Sequence[float]) -> int:
+    """An index, each as often as its share says."""
+    sums = np.cumsum(shares)
+    return int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
+
+
+def _fill_in(
+    example: Example, begin: int, end: int, context: float, *, end_of: int | None
+) -> Example:
+    """Prefix, suffix, middle, of which `ids[begin:end]` is the middle.
+
+    context: multiplies the weights outside the middle. end_of: the token whose role and weight an
+    <|end|> behind the middle has; None where the middle brings its own.
+    """
+    head = int(example.ids[0] == _BOS)
+    prefix, suffix = np.arange(head, begin), np.arange(end, len(example))
+    middle = np.arange(begin, end)
+    # A marker takes role, origin and outcome from the token it stands before, or from the last.
+    after = min(end, len(example) - 1)
+    closing = np.array([] if end_of is None else [end_of], np.int64)
+    markers = (
+        (np.arange(head), None),
+        (np.array([head]), _FIM_PREFIX),
+        (prefix, None),
+        (np.array([after]), _FIM_SUFFIX),
+        (suffix, None),
+        (np.array([min(begin, len(example) - 1)]), _FIM_MIDDLE),
+        (middle, None),
+        (closing, _END),
+    )
+    source = np.concatenate([columns for columns, _ in markers])
+    ids, weights = example.ids[source], example.weights[source] * context
+    column = 0
+    for columns, marker in markers:
+        if marker is not None and len(columns):
+            ids[column] = marker
+            weights[column] = 0.0
+        column += len(columns)
+    num_middle = len(middle) + len(closing)
+    weights[-num_middle:] = example.weights[source[-num_middle:]]
+    weights[0] = 0.0
+    return Example(
+        ids, weights, example.roles[source], example.origins[source], example.outcomes[source]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,9 +443,7 @@ class Mixture:
             raise ValueError(f"shares must be 0 or more and not all 0, got {self.shares}")
 
     def __call__(self, trajectory: Trajectory, seed: int, epoch: int, index: int) -> Example:
-        shares = np.cumsum(self.shares)
-        draw = random_generator(seed, epoch, index, _CHOOSE).random() * shares[-1]
-        chosen = int(np.searchsorted(shares, draw, side="right"))
+        chosen = _draw(random_generator(seed, epoch, index, _CHOOSE), self.shares)
         return self.objectives[chosen](trajectory, seed, epoch, index)
 
     def room(self, trajectory: Trajectory) -> int:
