@@ -1,0 +1,35 @@
+"""Several objectives on the same documents."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from agentx.data.objectives.base import CHOOSE, Example, Objective, draw, random_generator
+from agentx.trajectory import Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Draws one of several objectives for each document and epoch, with the given probabilities.
+
+    Mixture((PlainText(), InfillCall(1.0)), (0.9, 0.1)) leaves nine documents in ten plain.
+    """
+
+    objectives: tuple[Objective, ...]
+    shares: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.objectives) != len(self.shares) or not self.shares:
+            raise ValueError(
+                f"a Mixture of {len(self.objectives)} objectives has {len(self.shares)} shares; "
+                "give one for each"
+            )
+        if min(self.shares) < 0 or sum(self.shares) <= 0:
+            raise ValueError(f"shares must be 0 or more and not all 0, got {self.shares}")
+
+    def __call__(self, trajectory: Trajectory, seed: int, epoch: int, index: int) -> Example:
+        chosen = draw(random_generator(seed, epoch, index, CHOOSE), self.shares)
+        return self.objectives[chosen](trajectory, seed, epoch, index)
+
+    def room(self, trajectory: Trajectory) -> int:
+        return max(objective.room(trajectory) for objective in self.objectives)

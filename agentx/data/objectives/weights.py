@@ -1,0 +1,123 @@
+"""Next-token prediction: documents as they are, with a loss weight for every token."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from agentx.data.objectives.base import Example
+from agentx.trajectory import Outcome, Role, Span, Trajectory
+
+# The spans that the assistant writes: only of these can a step have failed or recovered.
+_ASSISTANT = (Role.THOUGHT, Role.CALL, Role.ARGUMENTS, Role.ANSWER)
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """Next-token prediction with a float weight for every role, and a factor for how a step ended.
+
+    `failed` and `recovered` multiply the weights of what the assistant wrote in such steps; what it
+    was told (the error message, say) keeps the weight of its role. A failed call, what came of it,
+    the call that recovers, what came of that, and the answer, with the default weights:
+
+        token    <|bos|> <|user|>   go
+        role        user     user user
+        outcome       ok       ok   ok
+        weight         0        0    0
+
+        token    <|call|>     ls <|arguments|>         x   <|end|>
+        role         call   call     arguments arguments arguments
+        outcome    failed failed        failed    failed    failed
+        weight          0      0             0         0         0
+
+        token    <|observation|>          no     <|end|>
+        role         observation observation observation
+        outcome           failed      failed      failed
+        weight                 0           0           0
+
+        token     <|call|>        ls <|arguments|>         .   <|end|>
+        role          call      call     arguments arguments arguments
+        outcome  recovered recovered     recovered recovered recovered
+        weight           1         1             1         1         1
+
+        token    <|observation|>           2     <|end|>
+        role         observation observation observation
+        outcome               ok          ok          ok
+        weight                 0           0           0
+
+        token    <|answer|>      2 <|end|>
+        role         answer answer  answer
+        outcome          ok     ok      ok
+        weight            1      1       1
+    """
+
+    text: float = 1.0
+    system: float = 0.0
+    user: float = 0.0
+    thought: float = 1.0
+    call: float = 1.0
+    arguments: float = 1.0
+    observation: float = 0.0
+    answer: float = 1.0
+    failed: float = 0.0
+    recovered: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, weight in dataclasses.asdict(self).items():
+            if not (np.isfinite(weight) and weight >= 0):
+                raise ValueError(f"NextToken.{name} is {weight}; a loss weight is 0 or more")
+
+    @functools.cached_property
+    def table(self) -> np.ndarray:
+        """f32[roles, outcomes], the weight of a token by both."""
+        table = np.zeros((len(Role), len(Outcome)), np.float32)
+        for role in Role:
+            table[role] = getattr(self, role.name.lower())
+        table[_ASSISTANT, Outcome.FAILED] *= self.failed
+        table[_ASSISTANT, Outcome.RECOVERED] *= self.recovered
+        return table
+
+    def __call__(self, trajectory: Trajectory, seed: int, epoch: int, index: int) -> Example:
+        return _weigh(trajectory, self.table)
+
+    def room(self, trajectory: Trajectory) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainText:
+    """Next-token prediction, every token at weight 1.
+
+    It is meant for text, and is the baseline on everything else:
+
+        token    <|bos|> import   os <|end|>
+        role        text   text text    text
+        weight         0      1    1       1
+    """
+
+    def __call__(self, trajectory: Trajectory, seed: int, epoch: int, index: int) -> Example:
+        return _weigh(trajectory, np.ones((len(Role), len(Outcome)), np.float32))
+
+    def room(self, trajectory: Trajectory) -> int:
+        return 0
+
+
+def _per_token(spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """ids i32[n] and roles, origins, outcomes u8[n]."""
+    lengths = [len(span.ids) for span in spans]
+    fields = np.array([(s.role, s.origin, s.outcome) for s in spans], np.uint8)
+    roles, origins, outcomes = np.repeat(fields.reshape(-1, 3).T, lengths, axis=1)
+    return np.concatenate([s.ids for s in spans]), roles, origins, outcomes
+
+
+def _weigh(trajectory: Trajectory, table: np.ndarray) -> Example:
+    """Weights by role and outcome; `table` is f32[roles, outcomes]."""
+    if len(trajectory) == 0:
+        raise ValueError("there is no token in this trajectory")
+    ids, roles, origins, outcomes = _per_token(trajectory.spans)
+    weights = table[roles, outcomes]
+    weights[0] = 0.0
+    return Example(ids.astype(np.int32), weights, roles, origins, outcomes)
