@@ -1,4 +1,5 @@
 import json
+import math
 import re
 
 import pytest
@@ -275,6 +276,7 @@ def test_a_text_becomes_one_span_between_its_markers():
     assert [s.role for s in trajectory.spans] == [Role.TEXT]
     assert trajectory.ids.tolist() == [1, 15 + 0xC3, 15 + 0xA9, 15 + 0x0A, 8]
     assert trajectory.task_id == "a.py"
+    assert math.isnan(trajectory.reward)
 
 
 def test_a_conversation_becomes_the_spans_of_the_renderer():

@@ -1,12 +1,17 @@
-"""`agentx data build`: files of any format to a store, with totals that add up."""
+"""`agentx data build` and `stats`: files of any format to a store, with totals that add up."""
 
 import json
 
+import matplotlib.image
+import numpy as np
 import pytest
 
 from agentx.cli.main import main
+from agentx.cli.stats import read_stats
 from agentx.data.store import TokenStore
+from agentx.render import ToolRenderer
 from agentx.tokenizer import Tokenizer
+from agentx.trajectory import Message, Origin, Outcome, Role, Span, Trajectory
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 # The tool format has no place for an argument that is given after one that is not.
@@ -75,3 +80,43 @@ def test_a_mistake_ends_in_one_sentence(tmp_path, build, line, arguments, senten
 def test_a_glob_without_a_match_is_named(tmp_path, build):
     code, _, err = build(str(tmp_path / "*.jsonl"))
     assert (code, err) == (2, f"error: there is no file or folder {tmp_path}/*.jsonl\n")
+
+
+def written(folder, name, *trajectories):
+    TokenStore.write(folder / name, trajectories, Tokenizer.bytes().fingerprint)
+    return str(folder / name)
+
+
+def test_stats_count_every_token_once(tmp_path, capsys):
+    ids = [np.arange(n, dtype=np.int32) for n in (3, 5, 7)]
+    failed = Trajectory(
+        [Span(Role.CALL, ids[0], Origin.DATA, Outcome.FAILED), Span(Role.CALL, ids[1])],
+        reward=0.5,
+    )
+    rendered = Trajectory(
+        ToolRenderer(Tokenizer.bytes()).render([Message("user", "hi")], ()), reward=float("nan")
+    )
+    first = written(tmp_path, "first", failed, Trajectory([Span(Role.TEXT, ids[2])], reward=1.0))
+    second = written(tmp_path, "second", rendered)
+    stats = read_stats([tmp_path / "first", tmp_path / "second"])
+    assert stats[0].tokens[Role.CALL].tolist() == [5, 3, 0]
+    assert stats[0].tokens[Role.TEXT].tolist() == [7, 0, 0]
+    for s in stats:
+        assert s.tokens.sum() == s.lengths.sum()
+    assert main(["data", "stats", first, second, "--plot", str(tmp_path / "stats.png")]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "first 2 15 7 7 8 0.750 of 2" in lines
+    assert "second 1 5 5 5 5 none" in lines
+    assert "all 3 20 7 7 8 0.750 of 2" in lines
+    assert "call 5 3 0 40.0 %" in lines
+    picture = matplotlib.image.imread(tmp_path / "stats.png")
+    assert picture.shape[1] == 1200
+    assert picture.std() > 0.05
+
+
+def test_stats_of_what_is_no_store_or_no_picture_end_in_one_sentence(tmp_path, capsys):
+    assert main(["data", "stats", str(tmp_path)]) == 2
+    assert f"error: {tmp_path} holds no complete token store" in capsys.readouterr().err
+    store = written(tmp_path, "store", Trajectory([Span(Role.TEXT, np.arange(3, dtype=np.int32))]))
+    assert main(["data", "stats", store, "--plot", "stats.txt"]) == 2
+    assert "--plot stats.txt: it must end in .png, .svg or .pdf" in capsys.readouterr().err

@@ -180,6 +180,19 @@ class TokenStore:
     def __iter__(self) -> Iterator[Trajectory]:
         return (self[i] for i in range(len(self)))
 
+    @property
+    def rewards(self) -> np.ndarray:
+        """Of each trajectory, f32[len(store)]; NaN where nobody gave one."""
+        return self._columns["reward"]
+
+    def tokens_by_role(self) -> np.ndarray:
+        """How many tokens have each role and outcome: i64[roles, outcomes]."""
+        column = self._columns
+        counts = np.zeros((len(Role), len(Outcome)), np.int64)
+        lengths = np.diff(column["span_end"], prepend=0)
+        np.add.at(counts, (column["span_role"], column["span_outcome"]), lengths)
+        return counts
+
     def token_start(self, index: int) -> int:
         """How many tokens of the store come before this trajectory."""
         return int(self._token_start[index])

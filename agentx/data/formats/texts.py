@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def read_text_jsonl(
 
 
 def text_trajectory(document: TextDocument, tokenizer: Tokenizer) -> Trajectory:
-    """One span: <|bos|>, the text, <|end|>."""
+    """One span: <|bos|>, the text, <|end|>. Its reward is NaN: nobody gave it one."""
     special = tokenizer.special
     ids = [special["<|bos|>"], *tokenizer.encode(document.text), special["<|end|>"]]
-    return Trajectory([Span(Role.TEXT, np.array(ids, np.int32))], task_id=document.name)
+    spans = [Span(Role.TEXT, np.array(ids, np.int32))]
+    return Trajectory(spans, reward=math.nan, task_id=document.name)
