@@ -12,7 +12,8 @@ The tool format, one marker token a field:
 Arguments are positional, in the order of the tool's parameters, which the tool list shows: strings
 raw, everything else as JSON. An argument that the tool does not know comes last and keeps no name.
 Where all arguments are empty strings, one <|sep|> more tells them from no arguments at all. Every
-field is encoded apart from its neighbours.
+field is encoded apart from its neighbours. A call is made when <|end|> closes it; until then a
+<|back|> takes it back.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class ToolRenderer:
         self._bos = special["<|bos|>"]
         self._end = special["<|end|>"]
         self._sep = special["<|sep|>"]
+        self._back = special["<|back|>"]
         self._marker_of = {
             Role.SYSTEM: special["<|system|>"],
             Role.USER: special["<|user|>"],
@@ -224,8 +226,12 @@ class ToolRenderer:
         return spans
 
     def parse(self, ids: Sequence[int] | np.ndarray, tools: Sequence[ToolSpec]) -> Message:
-        """Reads the ids of one assistant turn. What cannot be read comes back as `malformed`."""
-        ids = [int(i) for i in ids]
+        """Reads the ids of one assistant turn. What cannot be read comes back as `malformed`.
+
+        A call that the turn takes back by <|back|> is not one: what follows the last <|back|> is
+        read, with the thought that the turn began with.
+        """
+        ids = self._without_taken_back([int(i) for i in ids])
         if not ids or ids[-1] != self._end:
             return self._malformed("it does not end")
         if max(ids) >= self.tokenizer.vocab_size:
@@ -270,6 +276,15 @@ class ToolRenderer:
             else:
                 arguments[str(number)] = text
         return Message("assistant", thought=thought, tool_calls=(ToolCall(name, arguments),))
+
+    def _without_taken_back(self, ids: list[int]) -> list[int]:
+        if self._back not in ids:
+            return ids
+        rest = ids[len(ids) - ids[::-1].index(self._back) :]
+        if rest[:1] == [self._marker_of[Role.THOUGHT]]:
+            return rest
+        stop = next((i for i, x in enumerate(ids[1:], 1) if x in self._specials), len(ids))
+        return [*(ids[:stop] if self._role_of.get(ids[0]) is Role.THOUGHT else []), *rest]
 
     @staticmethod
     def _malformed(reason: str) -> Message:

@@ -1,5 +1,6 @@
 """Messages to spans and back, and what no text can do to the format."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -249,6 +250,8 @@ def test_no_text_brings_a_marker_in(conversation):
 @settings(max_examples=300, deadline=None)
 def test_whatever_is_sampled_parses_and_what_parses_well_is_worth_the_same_ids(sampled):
     message = RENDERER.parse([*sampled, MARK["<|end|>"]], TOOLS)
+    if MARK["<|back|>"] in sampled:
+        return  # it says less than was sampled
     if message.malformed:
         assert message == Message("assistant", malformed=message.malformed, outcome=Outcome.FAILED)
     elif "\ufffd" not in str(message) and not message.tool_calls:
@@ -272,6 +275,17 @@ def test_a_sampled_call_is_read_by_the_types_of_its_tool():
         "assistant", thought="hm", tool_calls=(ToolCall("open", {"path": "7", "line": 64}),)
     )
     assert RENDERER.parse(np.array(ids), TOOLS) == RENDERER.parse(ids, TOOLS)
+
+
+def test_what_is_taken_back_is_not_called():
+    right = "<|call|>open<|arguments|>a.py<|sep|>7<|end|>"
+    expected = RENDERER.parse(ids_of(right), TOOLS)
+    for wrong in ("<|call|>search<|back|>", "<|call|>x<|arguments|>y<|back|><|answer|>z<|back|>"):
+        assert RENDERER.parse(ids_of(wrong + right), TOOLS) == expected
+        thinking = RENDERER.parse(ids_of("<|thought|>hm" + wrong + right), TOOLS)
+        assert thinking == dataclasses.replace(expected, thought="hm")
+        again = RENDERER.parse(ids_of("<|thought|>hm" + wrong + "<|thought|>ah" + right), TOOLS)
+        assert again == dataclasses.replace(expected, thought="ah")
 
 
 @pytest.mark.parametrize("text", ["sixty", "", "[", "[" * 5000, "9" * 5000, "{'a': 1}"])
@@ -305,7 +319,9 @@ def test_arguments_beyond_those_of_the_tool_go_by_their_number():
         ("<|call|>sea<|pad|>rch<|arguments|>walk<|end|>", "it is neither a call nor an answer"),
         ("<|observation|>os.py<|end|>", "it is neither a call nor an answer"),
         ("<|user|>Answer me<|end|>", "it is neither a call nor an answer"),
-        ("<|call|>search<|arguments|>wa<|back|>lk<|end|>", "its arguments hold a marker"),
+        ("<|call|>search<|arguments|>wa<|back|>lk<|end|>", "it does not begin with a marker"),
+        ("<|call|>search<|back|>", "it does not end"),
+        ("<|call|>search<|back|><|end|>", "it is empty"),
     ],
 )
 def test_what_cannot_be_read_is_malformed_and_says_why(text, reason):

@@ -25,6 +25,7 @@ REGISTRY = {
     "FillInTheMiddle": "agentx.data.objectives.text.FillInTheMiddle",
     "InfillCall": "agentx.data.objectives.infill.InfillCall",
     "InfillPlan": "agentx.data.objectives.infill.InfillPlan",
+    "Recover": "agentx.data.objectives.recover.Recover",
     "Mixture": "agentx.data.objectives.mixture.Mixture",
     "LibraryTasks": "agentx.env.tasks.library.LibraryTasks",
     "RecordingConfig": "agentx.env.tasks.recordings.RecordingConfig",

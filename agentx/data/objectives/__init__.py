@@ -12,6 +12,7 @@ or close: the weight of <|call|> is the call's, so choosing a call or an answer 
 from agentx.data.objectives.base import Example, Objective, random_generator
 from agentx.data.objectives.infill import InfillCall, InfillPlan
 from agentx.data.objectives.mixture import Mixture
+from agentx.data.objectives.recover import Recover
 from agentx.data.objectives.text import FillInTheMiddle
 from agentx.data.objectives.weights import NextToken, PlainText
 
@@ -24,5 +25,6 @@ __all__ = [
     "NextToken",
     "Objective",
     "PlainText",
+    "Recover",
     "random_generator",
 ]
