@@ -21,20 +21,50 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from agentx.tokenizer import Tokenizer
-from agentx.trajectory import Message, Origin, Outcome, Role, Span, ToolCall, ToolSpec
+from agentx.trajectory import (
+    Message,
+    Origin,
+    Outcome,
+    Parameter,
+    Role,
+    Span,
+    ToolCall,
+    ToolSpec,
+)
+
+_TOOL_LINE = re.compile(r"([^\s()]+)\(([^()]*)\): (.*)")
 
 
 def tool_list(tools: Sequence[ToolSpec]) -> str:
-    """The tools as the model reads them, a line each: `open(path, line): show a line`."""
+    """The tools as the model reads them, a line each: `open(path, line): show a line`.
+
+    A line break in a description becomes a space.
+    """
     return "\n".join(
-        f"{t.name}({', '.join(p.name for p in t.parameters)}): {t.description}" for t in tools
+        f"{t.name}({', '.join(p.name for p in t.parameters)}): " + t.description.replace("\n", " ")
+        for t in tools
     )
+
+
+def parse_tool_list(text: str) -> tuple[list[ToolSpec], str]:
+    """The tools that a system text lists first, and what it says after them.
+
+    The list has no types: all parameters count as strings.
+    """
+    lines = text.split("\n")
+    tools = []
+    for match in itertools.takewhile(bool, map(_TOOL_LINE.fullmatch, lines)):
+        name, parameters, description = match.groups()  # type: ignore[union-attr]
+        given = tuple(Parameter(p) for p in parameters.split(", ")) if parameters else ()
+        tools.append(ToolSpec(name, description, given))
+    return tools, "\n".join(lines[len(tools) :])
 
 
 def _value_text(value: Any) -> str:

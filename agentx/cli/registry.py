@@ -26,6 +26,7 @@ REGISTRY = {
     "InfillCall": "agentx.data.objectives.infill.InfillCall",
     "InfillPlan": "agentx.data.objectives.infill.InfillPlan",
     "Recover": "agentx.data.objectives.recover.Recover",
+    "ToolRename": "agentx.data.objectives.tools.ToolRename",
     "Mixture": "agentx.data.objectives.mixture.Mixture",
     "LibraryTasks": "agentx.env.tasks.library.LibraryTasks",
     "RecordingConfig": "agentx.env.tasks.recordings.RecordingConfig",

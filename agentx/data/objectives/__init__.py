@@ -14,6 +14,7 @@ from agentx.data.objectives.infill import InfillCall, InfillPlan
 from agentx.data.objectives.mixture import Mixture
 from agentx.data.objectives.recover import Recover
 from agentx.data.objectives.text import FillInTheMiddle
+from agentx.data.objectives.tools import ToolRename
 from agentx.data.objectives.weights import NextToken, PlainText
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "Objective",
     "PlainText",
     "Recover",
+    "ToolRename",
     "random_generator",
 ]
