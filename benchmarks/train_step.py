@@ -25,7 +25,6 @@ from agentx.host import prepare_cpu
 from agentx.losses import NextTokenLoss
 from agentx.model.transformer import abstract_transformer
 from agentx.optim import make_optimizer
-from agentx.sharding import MeshConfig
 from agentx.step import make_train_step
 from agentx_kernels.layout import causal
 from benchmarks import workload
@@ -43,8 +42,7 @@ def run(size: str, steps: int | None = None) -> dict[str, Any]:
     """The fields of the JSON line."""
     work = workload.SIZES[size]
     steps = steps or work.train_steps
-    # Half of the parameters each: then a device also sums and updates half of them.
-    mesh = workload.make_machine(MeshConfig(data=1, fsdp=-1))
+    mesh = workload.make_machine()
     model = abstract_transformer(work.model)
     optimizer = make_optimizer(workload.TRAIN_OPTIMIZER, steps + 1)
     micro_batches = workload.num_micro_batches(work, work.train_rows, mesh)

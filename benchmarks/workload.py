@@ -95,7 +95,6 @@ SIZES = {
 }
 _DISTINCT_BATCHES = 4
 CPU_DEVICES = 2
-_DATA_PARALLEL = MeshConfig()
 
 TRAIN_OPTIMIZER = OptimizerConfig(
     learning_rate=3e-4,
@@ -189,10 +188,10 @@ def num_params(params: nnx.State) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def make_machine(config: MeshConfig = _DATA_PARALLEL) -> Mesh:
+def make_machine() -> Mesh:
     """One accelerator; or, where there is none, two devices of the CPU, as the quickstart has."""
     devices = jax.devices()
-    return make_mesh(config, devices[: CPU_DEVICES if devices[0].platform == "cpu" else 1])
+    return make_mesh(MeshConfig(), devices[: CPU_DEVICES if devices[0].platform == "cpu" else 1])
 
 
 # --------------------------------------------------------------------------------------------------
