@@ -378,6 +378,15 @@ RESULT = {"role": "tool", "tool_call_id": "a", "content": ""}
             {"conversations": [{"from": "gpt", "value": "<tool_call>f()</tool_call>"}]},
             "turn 0: its <tool_call> is no JSON",
         ),
+        (
+            "hermes",
+            {
+                "conversations": [
+                    {"from": "gpt", "value": "<tool_call>{'name': '\\ud800'}</tool_call>"}
+                ]
+            },
+            "turn 0: its <tool_call> is no JSON",
+        ),
         ("swe_agent", {"history": [{"role": "tool"}]}, "history 0: content must be a string"),
         (
             "intercode",

@@ -430,7 +430,7 @@ class FewWords:
 
 @pytest.mark.parametrize(("spm", "columns"), [(0.0, (5, 4)), (1.0, (4, 5))])
 def test_fill_in_the_middle_shows_what_its_docstring_shows(monkeypatch, spm, columns):
-    monkeypatch.setattr(text_objective, "_load", lambda path: FewWords())
+    monkeypatch.setattr(text_objective, "load_tokenizer", lambda path: FewWords())
     objective = FillInTheMiddle("words", rate=1.0, spm=spm, lines=0.0)
 
     class After2:

@@ -3,42 +3,18 @@
 Enters: text files and source trees; JSONL and JSON of texts or conversations, in the formats of
 `FORMATS`, named or recognised by their first records. Leaves: documents one by one, in a fixed
 order, and the `Trajectory` of each. Every record is kept, or skipped and counted with its reason:
-`reading` has the loop that counts, `texts`, `native`, `chat` and `recorded` the formats.
+`reading` has the loop that counts, `texts`, `native`, `chat` and `recorded` the formats, and
+`registry` their names.
 """
 
-from __future__ import annotations
-
-import itertools
-import json
-import math
-import os
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
-
-from agentx.data.formats.chat import (
-    hermes_conversation,
-    openai_conversation,
-    sharegpt_conversation,
-)
 from agentx.data.formats.native import Conversation, conversation_from_dict, conversation_to_dict
-from agentx.data.formats.reading import (
-    Malformed,
-    OnError,
-    PathLike,
-    ReadCounts,
-    expand,
-    json_object,
-    lines,
-    read_records,
-    values,
-    whole,
-)
-from agentx.data.formats.recorded import (
-    intercode_conversation,
-    swe_agent_conversation,
-    tau_bench_conversation,
-    verifiers_conversation,
+from agentx.data.formats.reading import OnError, ReadCounts, expand
+from agentx.data.formats.registry import (
+    FORMATS,
+    conversation_trajectory,
+    read_conversations,
+    sniff,
+    write_conversations,
 )
 from agentx.data.formats.texts import (
     TextDocument,
@@ -46,8 +22,6 @@ from agentx.data.formats.texts import (
     read_text_tree,
     text_trajectory,
 )
-from agentx.render import ToolRenderer, as_tool_format
-from agentx.trajectory import Role, Trajectory
 
 __all__ = [
     "FORMATS",
@@ -66,144 +40,3 @@ __all__ = [
     "text_trajectory",
     "write_conversations",
 ]
-
-# From how many records a format is recognised.
-_SNIFFED = 16
-
-
-class Format(NamedTuple):
-    """parse: a record and its place to a conversation. suits: whether a record looks like it."""
-
-    parse: Callable[[dict[str, Any], str], Conversation]
-    suits: Callable[[dict[str, Any]], bool]
-
-
-def _has_lists(*keys: str) -> Callable[[dict[str, Any]], bool]:
-    return lambda record: all(isinstance(record.get(key), list) for key in keys)
-
-
-def _is_openai(record: dict[str, Any]) -> bool:
-    """Messages with something in them that our own format lacks."""
-    messages, tools = record.get("messages"), record.get("tools")
-    if not isinstance(messages, list):
-        return False
-    foreign = {"tool_call_id", "function_call", "name", "reasoning_content", "refusal", "weight"}
-    for message in (m for m in messages if isinstance(m, dict)):
-        calls = message.get("tool_calls") or []
-        if foreign & set(message) or isinstance(message.get("content"), list):
-            return True
-        if isinstance(calls, list) and any(isinstance(c, dict) and "function" in c for c in calls):
-            return True
-    listed = tools if isinstance(tools, list) else []
-    return any(isinstance(tool, dict) and "function" in tool for tool in listed)
-
-
-def _is_hermes(record: dict[str, Any]) -> bool:
-    turns = record.get("conversations")
-    texts = [str(t.get("value")) for t in turns if isinstance(t, dict)] if turns else []
-    return any(tag in text for text in texts for tag in ("<tool_call>", "<tools>"))
-
-
-# In the order in which they are tried: what is more particular comes first.
-FORMATS = {
-    "tau_bench": Format(tau_bench_conversation, _has_lists("traj")),
-    "swe_agent": Format(swe_agent_conversation, _has_lists("history")),
-    "intercode": Format(intercode_conversation, lambda r: "turn_history" in r),
-    "verifiers": Format(verifiers_conversation, lambda r: "prompt" in r and "completion" in r),
-    "hermes": Format(hermes_conversation, _is_hermes),
-    "sharegpt": Format(sharegpt_conversation, _has_lists("conversations")),
-    "openai": Format(openai_conversation, _is_openai),
-    "agentx": Format(conversation_from_dict, _has_lists("messages")),
-}
-
-
-def sniff(path: PathLike) -> str:
-    """The name of the format of a file, from its first records.
-
-    Raises ValueError where it looks like none.
-    """
-    records = []
-    for place, data in itertools.islice(_records(path), _SNIFFED):
-        try:
-            records.append(json_object(data, place))
-        except Malformed:  # reading it will say so
-            continue
-    for name, format in FORMATS.items():
-        if any(format.suits(record) for record in records):
-            return name
-    if not records:
-        return "agentx"
-    raise ValueError(
-        f"{path}: its first records, with {', '.join(sorted(map(repr, records[0]))) or 'nothing'}, "
-        f"look like none of {', '.join(FORMATS)}"
-    )
-
-
-def read_conversations(
-    path: PathLike,
-    *,
-    format: str = "",
-    on_error: OnError = "raise",
-    counts: ReadCounts | None = None,
-) -> Iterator[Conversation]:
-    """One conversation for each record of a file, whose format is recognised unless it is named.
-
-    A .jsonl file has a record a line. Another has an array of records, one record, or, where it is
-    InterCode's, an object of them. Either may be gzipped. Raises ValueError for a record that is
-    not one, naming file, line and field, and for a file without a conversation.
-    """
-    if format and format not in FORMATS:
-        raise ValueError(f"there is no format {format!r}; there are {', '.join(FORMATS)}")
-    chosen = format or sniff(path)
-
-    def parse(record: tuple[str, Any]) -> Conversation | None:
-        place, data = record
-        if isinstance(data, bytes) and not data.strip():
-            return None
-        fields = json_object(data, place)
-        try:
-            conversation = FORMATS[chosen].parse(fields, place)
-        except ValueError as error:
-            reason = error.reason if isinstance(error, Malformed) else "no conversation"
-            raise Malformed(f"{place}: {error}", reason) from None
-        return conversation if conversation.messages else None
-
-    yield from read_records(_records(path), parse, str(path), on_error, counts)
-
-
-def write_conversations(path: PathLike, conversations: Iterable[Conversation]) -> None:
-    """Writes what `read_conversations` reads, in one step: a reader never sees half a file."""
-    partial = Path(f"{path}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for conversation in conversations:
-            record = conversation_to_dict(conversation)
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
-
-
-def conversation_trajectory(conversation: Conversation, renderer: ToolRenderer) -> Trajectory:
-    """The spans that the renderer makes. Those before the assistant first speaks are the prompt.
-
-    The reward is NaN where nobody gave one. Raises ValueError for what the tool format cannot say.
-    """
-    messages = as_tool_format(conversation.messages)
-    spans = renderer.render(messages, conversation.tools)
-    spoken = (Role.THOUGHT, Role.CALL, Role.ARGUMENTS, Role.ANSWER)
-    prompt = next((i for i, span in enumerate(spans) if span.role in spoken), len(spans))
-    reward = math.nan if conversation.reward is None else conversation.reward
-    return Trajectory(spans, reward, task_id=conversation.name, num_prompt_spans=prompt)
-
-
-def _records(path: PathLike) -> Iterator[tuple[str, Any]]:
-    """Each record with its place: bytes of JSON, or what was read of it already."""
-    if Path(str(path).removesuffix(".gz")).suffix not in (".json", ".traj"):
-        yield from lines(path)
-        return
-    first = next(values(path), None)
-    if first is None:
-        return
-    _, key, value = first
-    if not key or (isinstance(value, dict) and FORMATS["intercode"].suits(value)):
-        yield from ((place, value) for place, _, value in values(path))
-    else:
-        yield whole(path)

@@ -218,7 +218,9 @@ def matched(spoken: Iterable[tuple[Message, Sequence[str]]]) -> tuple[Message, .
     return tuple(messages)
 
 
-def with_outcomes(messages: Iterable[Message], is_failure: Callable[[Message], bool]) -> list[Any]:
+def with_outcomes(
+    messages: Iterable[Message], is_failure: Callable[[Message], bool]
+) -> list[Message]:
     """Marks the results that are failures, the calls that made them, and the first call after.
 
     The messages of one episode in order: a call is FAILED where one of its results is, and
@@ -323,7 +325,7 @@ def _json_or_literal(text: str, what: str) -> Any:
     except ValueError as error:
         try:
             value = ast.literal_eval(text)
-            return json.loads(json.dumps(value, allow_nan=False))
+            return _json(json.dumps(value, allow_nan=False), what)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             raise error from None
 

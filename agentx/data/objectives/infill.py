@@ -13,17 +13,18 @@ import itertools
 import numpy as np
 
 from agentx.data.objectives.base import CUT, Example, check_rates, draw, random_generator
+from agentx.data.objectives.calls import (
+    BOS,
+    END,
+    FIM_MIDDLE,
+    FIM_PREFIX,
+    FIM_SUFFIX,
+    THOUGHT,
+    Call,
+    whole_calls,
+)
 from agentx.data.objectives.weights import NextToken
-from agentx.tokenizer import SPECIAL_TOKENS
 from agentx.trajectory import Role, Trajectory
-
-BOS = SPECIAL_TOKENS.index("<|bos|>")
-END = SPECIAL_TOKENS.index("<|end|>")
-FIM_PREFIX = SPECIAL_TOKENS.index("<|fim_prefix|>")
-FIM_SUFFIX = SPECIAL_TOKENS.index("<|fim_suffix|>")
-FIM_MIDDLE = SPECIAL_TOKENS.index("<|fim_middle|>")
-_THOUGHT = SPECIAL_TOKENS.index("<|thought|>")
-_CALL = SPECIAL_TOKENS.index("<|call|>")
 
 _NEXT_TOKEN = NextToken()
 
@@ -100,32 +101,20 @@ class InfillCall:
         calls = self._calls(trajectory)
         if not calls:
             return example
-        start, arguments, stop = calls[int(rng.integers(len(calls)))]
+        _, start, arguments, stop, _ = calls[int(rng.integers(len(calls)))]
         cut = draw(rng, (self.whole, self.name, self.arguments))
         begin = (start, start + 1, arguments + 1)[cut]
         end = (stop, arguments, stop - 1)[cut]
         return _fill_in(example, begin, end, self.context, end_of=end - 1 if cut else None)
 
-    def _calls(self, trajectory: Trajectory) -> list[tuple[int, int, int]]:
-        """Where each call that may be cut starts, where its arguments start, and where it stops.
-
-        A call is one that the piece at hand holds from its marker to its <|end|>.
-        """
-        calls, column = [], 0
-        spans = trajectory.spans
-        for span, following in itertools.pairwise(spans):
-            middle = column + len(span.ids)
-            if (
-                span.role is Role.CALL
-                and following.role is Role.ARGUMENTS
-                and span.ids[0] == _CALL
-                and following.ids[-1] == END
-                and self.base.table[Role.CALL, span.outcome] > 0
-                and self.base.table[Role.ARGUMENTS, span.outcome] > 0
-            ):
-                calls.append((column, middle, middle + len(following.ids)))
-            column = middle
-        return calls
+    def _calls(self, trajectory: Trajectory) -> list[Call]:
+        """The calls that may be cut: those that are trained."""
+        table = self.base.table
+        return [
+            call
+            for call in whole_calls(trajectory)
+            if table[Role.CALL, call.outcome] > 0 and table[Role.ARGUMENTS, call.outcome] > 0
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +198,7 @@ class InfillPlan:
         table = self.base.table
         thoughts, steps = [], []
         for at, span in enumerate(spans[:-1]):
-            if span.role is not Role.THOUGHT or span.ids[0] != _THOUGHT:
+            if span.role is not Role.THOUGHT or span.ids[0] != THOUGHT:
                 continue
             if self.thought and table[Role.THOUGHT, span.outcome] > 0:
                 thoughts.append((starts[at], starts[at + 1]))

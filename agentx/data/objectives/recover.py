@@ -5,34 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import NamedTuple
 
 import numpy as np
 
 from agentx.data.objectives.base import CUT, Example, check_rates, draw, random_generator
-from agentx.data.objectives.infill import END
+from agentx.data.objectives.calls import BACK, Call, whole_calls
 from agentx.data.objectives.weights import NextToken
 from agentx.data.store import TokenStore
-from agentx.tokenizer import SPECIAL_TOKENS
 from agentx.trajectory import Outcome, Role, Trajectory
 
-BACK = SPECIAL_TOKENS.index("<|back|>")
-_CALL = SPECIAL_TOKENS.index("<|call|>")
 _NEXT_TOKEN = NextToken()
 # How many documents of a pool are asked for a wrong call before the document is left as it is.
 _TRIES = 4
-
-
-class _Call(NamedTuple):
-    """Where a whole call stands in a document: from its marker up to behind its <|end|>.
-
-    step: where the thought before it begins, or `start` where there is none.
-    """
-
-    step: int
-    start: int
-    stop: int
-    outcome: Outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,21 +97,21 @@ class Recover:
         found = self._elsewhere(trajectory, right, rng)
         return example if found is None else self._with(example, right.start, right.start, found)
 
-    def _places(self, trajectory: Trajectory) -> list[_Call]:
+    def _places(self, trajectory: Trajectory) -> list[Call]:
         """The calls that a wrong one may be put before: those that are trained."""
         table = self.base.table
-        return [c for c in _calls(trajectory) if table[Role.CALL, c.outcome] > 0]
+        return [c for c in whole_calls(trajectory) if table[Role.CALL, c.outcome] > 0]
 
-    def _failures(self, trajectory: Trajectory) -> list[tuple[_Call, _Call]]:
+    def _failures(self, trajectory: Trajectory) -> list[tuple[Call, Call]]:
         """Each failed call with the call after it, where that recovered."""
         return [
             (failed, right)
-            for failed, right in itertools.pairwise(_calls(trajectory))
+            for failed, right in itertools.pairwise(whole_calls(trajectory))
             if failed.outcome is Outcome.FAILED and right.outcome is Outcome.RECOVERED
         ]
 
     def _elsewhere(
-        self, trajectory: Trajectory, right: _Call, rng: np.random.Generator
+        self, trajectory: Trajectory, right: Call, rng: np.random.Generator
     ) -> np.ndarray | None:
         """The ids of another call than the right one, without its <|end|>."""
         right_ids = trajectory.ids[right.start : right.stop]
@@ -135,7 +119,7 @@ class Recover:
         for _ in range(_TRIES):
             other = trajectory if pool is None else pool[int(rng.integers(len(pool)))]
             ids = other.ids
-            found = [ids[c.start : c.stop] for c in _calls(other)]
+            found = [ids[c.start : c.stop] for c in whole_calls(other)]
             fits = [x for x in found if len(x) <= self.longest and not np.array_equal(x, right_ids)]
             if fits:
                 return fits[int(rng.integers(len(fits)))][:-1]
@@ -155,24 +139,6 @@ class Recover:
         outcomes[begin : begin + len(wrong)] = Outcome.FAILED
         weights[0] = 0.0
         return Example(ids, weights, example.roles[source], example.origins[source], outcomes)
-
-
-def _calls(trajectory: Trajectory) -> list[_Call]:
-    """The calls that are whole in the piece at hand, in order."""
-    calls: list[_Call] = []
-    start, thought = 0, -1
-    for span, following in itertools.pairwise(trajectory.spans):
-        if (
-            span.role is Role.CALL
-            and following.role is Role.ARGUMENTS
-            and span.ids[0] == _CALL
-            and following.ids[-1] == END
-        ):
-            stop = start + len(span.ids) + len(following.ids)
-            calls.append(_Call(start if thought < 0 else thought, start, stop, span.outcome))
-        thought = start if span.role is Role.THOUGHT else -1
-        start += len(span.ids)
-    return calls
 
 
 @functools.lru_cache(maxsize=8)

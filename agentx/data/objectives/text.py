@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 from agentx.data.objectives.base import CUT, Example, random_generator
-from agentx.data.objectives.infill import BOS, END, FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
+from agentx.data.objectives.calls import (
+    BOS,
+    END,
+    FIM_MIDDLE,
+    FIM_PREFIX,
+    FIM_SUFFIX,
+    load_tokenizer,
+)
 from agentx.data.objectives.weights import PlainText
 from agentx.tokenizer import Tokenizer
 from agentx.trajectory import Role, Trajectory
@@ -76,7 +82,7 @@ class FillInTheMiddle:
         head = ids[: int(ids[0] == BOS)]
         tail = ids[len(ids) - int(ids[-1] == END) :]
         body = ids[len(head) : len(ids) - len(tail)]
-        parts = _cut(_load(self.tokenizer), body, rng, by_lines=by_lines)
+        parts = _cut(load_tokenizer(self.tokenizer), body, rng, by_lines=by_lines)
         if parts is None:
             return example
         prefix, middle, suffix = parts
@@ -124,8 +130,3 @@ def _cut(
     allowed = np.flatnonzero(is_start[borders])
     first, second = (int(allowed[np.searchsorted(borders[allowed], x)]) for x in (begin, end))
     return [list(ids[:first]), list(ids[first:second]), list(ids[second:])]
-
-
-@functools.lru_cache(maxsize=8)
-def _load(path: str) -> Tokenizer:
-    return Tokenizer.load(path)

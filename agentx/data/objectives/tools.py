@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 from agentx.data.objectives.base import CHOOSE, Example, Objective, random_generator
+from agentx.data.objectives.calls import (
+    ARGUMENTS,
+    BOS,
+    CALL,
+    END,
+    SEP,
+    SYSTEM,
+    load_tokenizer,
+)
 from agentx.data.objectives.weights import NextToken
 from agentx.render import parse_tool_list, tool_list
-from agentx.tokenizer import SPECIAL_TOKENS, Tokenizer
 from agentx.trajectory import Parameter, Role, Span, ToolSpec, Trajectory
 
-_BOS = SPECIAL_TOKENS.index("<|bos|>")
-_SEP = SPECIAL_TOKENS.index("<|sep|>")
-_END = SPECIAL_TOKENS.index("<|end|>")
-_SYSTEM = SPECIAL_TOKENS.index("<|system|>")
-_CALL = SPECIAL_TOKENS.index("<|call|>")
-_ARGUMENTS = SPECIAL_TOKENS.index("<|arguments|>")
 _NEXT_TOKEN = NextToken()
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
@@ -78,15 +79,15 @@ class ToolRename:
     def _tools(self, trajectory: Trajectory) -> tuple[list[ToolSpec], str]:
         """The tools that the document lists, and what its system span says after them."""
         ids = trajectory.spans[0].ids.tolist()
-        if trajectory.spans[0].role is not Role.SYSTEM or ids[:2] != [_BOS, _SYSTEM]:
+        if trajectory.spans[0].role is not Role.SYSTEM or ids[:2] != [BOS, SYSTEM]:
             return [], ""
-        return parse_tool_list(_load(self.tokenizer).decode(ids[2:]))
+        return parse_tool_list(load_tokenizer(self.tokenizer).decode(ids[2:]))
 
     def _renamed(self, trajectory: Trajectory, rng: np.random.Generator) -> Trajectory:
         tools, rest = self._tools(trajectory)
         if not tools:
             return trajectory
-        encode = _load(self.tokenizer).encode
+        encode = load_tokenizer(self.tokenizer).encode
         taken = {name for t in tools for name in (t.name, *(p.name for p in t.parameters))}
         changed: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
         renamed = []
@@ -104,14 +105,14 @@ class ToolRename:
         listed = tool_list([renamed[i] for i in rng.permutation(len(renamed))])
         system = trajectory.spans[0]
         text = "\n".join(part for part in (listed, rest) if part)
-        spans = [_with_ids(system, [_BOS, _SYSTEM, *encode(text)])]
+        spans = [_with_ids(system, [BOS, SYSTEM, *encode(text)])]
         order = []
         for span in trajectory.spans[1:]:
-            if span.role is Role.CALL and span.ids[0] == _CALL:
+            if span.role is Role.CALL and span.ids[0] == CALL:
                 old = tuple(span.ids[1:].tolist())
                 name, order = changed.get(old, (list(old), []))
-                span = _with_ids(span, [_CALL, *name])
-            elif span.role is Role.ARGUMENTS and span.ids[0] == _ARGUMENTS:
+                span = _with_ids(span, [CALL, *name])
+            elif span.role is Role.ARGUMENTS and span.ids[0] == ARGUMENTS:
                 span = _reordered(span, order)
             spans.append(span)
         return dataclasses.replace(trajectory, spans=spans)
@@ -124,7 +125,7 @@ def _gives_all(trajectory: Trajectory, name_ids: Sequence[int], count: int) -> b
         if span.role is Role.CALL and tuple(span.ids[1:].tolist()) == tuple(name_ids):
             if arguments is None or arguments.role is not Role.ARGUMENTS:
                 return False
-            if arguments.ids[-1] != _END or len(_values(arguments)) != count:
+            if arguments.ids[-1] != END or len(_values(arguments)) != count:
                 return False
     return True
 
@@ -132,12 +133,12 @@ def _gives_all(trajectory: Trajectory, name_ids: Sequence[int], count: int) -> b
 def _values(arguments: Span) -> list[list[int]]:
     """The ids of each argument; as the renderer writes them, [] where there is none."""
     body = arguments.ids[1:].tolist()
-    body = body[: -1 if body[-1:] == [_END] else None]
+    body = body[: -1 if body[-1:] == [END] else None]
     if not body:
         return []
     values: list[list[int]] = [[]]
     for token in body:
-        if token == _SEP:
+        if token == SEP:
             values.append([])
         else:
             values[-1].append(token)
@@ -150,10 +151,10 @@ def _reordered(arguments: Span, order: Sequence[int]) -> Span:
     values = _values(arguments)
     if not any(values):  # all alike
         return arguments
-    ids = [_ARGUMENTS, *values[order[0]]]
+    ids = [ARGUMENTS, *values[order[0]]]
     for old in order[1:]:
-        ids += [_SEP, *values[old]]
-    return _with_ids(arguments, [*ids, _END])
+        ids += [SEP, *values[old]]
+    return _with_ids(arguments, [*ids, END])
 
 
 def _with_ids(span: Span, ids: Sequence[int]) -> Span:
@@ -172,8 +173,3 @@ def _made_up(rng: np.random.Generator, taken: set[str]) -> str:
         if name not in taken:
             taken.add(name)
             return name
-
-
-@functools.lru_cache(maxsize=8)
-def _load(path: str) -> Tokenizer:
-    return Tokenizer.load(path)
