@@ -19,6 +19,16 @@ from agentx.data.curate import Deduplicate, Length, MinReward
 from agentx.data.store import TokenStore
 from agentx.tokenizer import Tokenizer
 
+# The tool format has no place for an argument that is given after one that is not.
+HOLE = {
+    "messages": [
+        {"role": "user", "content": "?" * 40},
+        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"b": 1}}]},
+    ],
+    "tools": [{"name": "f", "description": "", "parameters": [{"name": "a"}, {"name": "b"}]}],
+    "reward": 1.0,
+}
+
 
 def conversation(number, reward):
     asked, told = f"What is {number}?", "It is a number. " * (1 + number % 3)
@@ -108,16 +118,8 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(inputs, stop_after):
 
 
 def test_what_cannot_be_told_is_counted_once_though_the_build_was_stopped(inputs):
-    hole = {
-        "messages": [
-            {"role": "user", "content": "?" * 40},
-            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"b": 1}}]},
-        ],
-        "tools": [{"name": "f", "description": "", "parameters": [{"name": "a"}, {"name": "b"}]}],
-        "reward": 1.0,
-    }
     with (inputs / "runs.jsonl").open("a") as file:
-        file.write("\n" + json.dumps(hole))
+        file.write("\n" + json.dumps(HOLE))
     both = {"on_error": "skip"}
     whole = build(config(inputs, "whole", **both))
     assert whole.manifest["notes"]["skipped"] == {"not in the tool format": 1}
@@ -143,16 +145,8 @@ def test_several_processes_write_the_same_bytes(inputs):
 def test_beam_writes_the_same_bytes(inputs):
     from agentx.data.beam import build_on_beam
 
-    hole = {
-        "messages": [
-            {"role": "user", "content": "?" * 40},
-            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"b": 1}}]},
-        ],
-        "tools": [{"name": "f", "description": "", "parameters": [{"name": "a"}, {"name": "b"}]}],
-        "reward": 1.0,
-    }
     with (inputs / "runs.jsonl").open("a") as file:
-        file.write("\n".join(["", json.dumps(hole), "{", json.dumps(conversation(50, 1.0))]))
+        file.write("\n".join(["", json.dumps(HOLE), "{", json.dumps(conversation(50, 1.0))]))
     here = config(inputs, "local", on_error="skip")
     build(here)
     there = config(inputs, "beam", on_error="skip", beam=BeamConfig())
@@ -170,11 +164,24 @@ def test_a_changed_input_or_config_is_refused_with_what_changed(inputs):
         build(config(inputs, filters=()))
     with (inputs / "texts.jsonl").open("a") as file:
         file.write('\n{"text": "one more"}')
-    with pytest.raises(ValueError, match=r"from other inputs: texts: texts\.jsonl is changed; del"):
+    with pytest.raises(ValueError, match=r"from other inputs: .*/texts\.jsonl is changed; del"):
         build(config(inputs))
     Tokenizer.train(["a b c d e f g"] * 9, 290).save(inputs / "tokenizer.model")
     with pytest.raises(ValueError, match="was begun"):
         build(config(inputs))
+
+
+def test_files_of_one_name_in_two_folders_are_told_apart(inputs):
+    paths = []
+    for folder in ("a", "b"):
+        (inputs / folder).mkdir()
+        paths.append(inputs / folder / "same.txt")
+        paths[-1].write_text(f"the text of {folder}, long enough to be kept")
+    both = {"inputs": tuple(Input(str(path)) for path in paths)}
+    build(config(inputs, **both))
+    paths[0].write_text("another text, of which nobody spoke before")
+    with pytest.raises(ValueError, match=r"other inputs: .*/a/same\.txt is changed"):
+        build(config(inputs, **both))
 
 
 def test_a_run_file_says_it_all(inputs, capsys):

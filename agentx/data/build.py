@@ -243,22 +243,18 @@ def open_writer(config: BuildConfig) -> StoreWriter:
         },
         inputs=_identified(config),
         sources=config.sources,
-        markers=markers_of(tokenizer),
+        markers=Markers.of(tokenizer.special),
         shard_tokens=config.shard_tokens,
     )
-
-
-def markers_of(tokenizer: Tokenizer) -> Markers:
-    """The ids of a tokenizer's markers."""
-    return Markers(**{name: tokenizer.special[f"<|{name}|>"] for name in Markers._fields})
 
 
 def _identified(config: BuildConfig) -> dict[str, list[Any]]:
     """Size and checksum of every file that the store is made from, by name."""
     found: dict[str, list[Any]] = {}
-    for source, given in zip(config.sources, config.inputs, strict=True):
+    for given in config.inputs:  # by path: two of them may hold files of one name
         for name, size, checksum in identify(given.path, given.pattern):
-            found[name if source == given.path else f"{source}: {name}"] = [size, checksum]
+            path = given.path if given.path.endswith(name) else f"{given.path}: {name}"
+            found[path] = [size, checksum]
     for filter in config.filters:
         for path in getattr(filter, "files", ()):
             for name, size, checksum in identify(path):
