@@ -130,10 +130,10 @@ def text_trajectory(document: TextDocument, tokenizer: Tokenizer) -> Trajectory:
     Its reward is NaN: nobody gave it one.
     """
     special = tokenizer.special
-    text, trace = (tokenizer.encode_array(t) for t in (document.text, document.trace))
-    end = [special["<|end|>"]]
+    text, end = tokenizer.encode_array(document.text), [special["<|end|>"]]
     spans = [_span(Role.TEXT, special["<|bos|>"], text, [] if document.trace else end)]
     if document.trace:
+        trace = tokenizer.encode_array(document.trace)
         spans.append(_span(Role.THOUGHT, special["<|thought|>"], trace, end))
     return Trajectory(spans, reward=math.nan, task_id=document.name)
 
