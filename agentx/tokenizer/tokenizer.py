@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sentencepiece
 
 from agentx.tokenizer.tokenizer_json import pipeline, read_tokenizer_json
@@ -72,7 +71,7 @@ class Tokenizer:
             vocabulary = read_tokenizer_json(model)
         else:
             vocabulary = read_sentencepiece(model, SPECIAL_TOKENS)
-        self._vocabulary = vocabulary
+        self._encode, self._settings = vocabulary.encode, vocabulary.settings
         self.pieces = vocabulary.pieces
         own = {p.data.decode(): i for i, p in enumerate(self.pieces) if p.kind == "special"}
         self.special = {name: own.get(name, -1) for name in SPECIAL_TOKENS} | own
@@ -169,36 +168,26 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """sha256 over pieces, kinds, merge scores and settings: equal where every encoding is."""
-        digest = hashlib.sha256(self._vocabulary.settings.encode())
+        digest = hashlib.sha256(self._settings.encode())
         for piece in self.pieces:
             digest.update(f"{piece.data.hex()} {piece.kind} {piece.score!r}\n".encode())
         return digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, never a marker's. Raises ValueError for text that UTF-8 cannot spell."""
-        if not self._has_space(text):
-            return self._vocabulary.encode(text)
-        head, *tails = text.split(SPACE)
-        ids = list(self._vocabulary.encode(head))
-        for tail in tails:
-            ids += [*self._space_ids, *self._vocabulary.encode(tail)]
-        return ids
-
-    def encode_array(self, text: str) -> np.ndarray:
-        """The same ids as i32[n], which SentencePiece makes for less than a list."""
-        if not self._has_space(text):
-            return self._vocabulary.encode_array(text)
-        return np.array(self.encode(text), np.int32)
-
-    def _has_space(self, text: str) -> bool:
-        """Whether a text has the character that would be read as a space. Raises ValueError."""
         if text.isascii():
-            return False
+            return self._encode(text)
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"text has a lone surrogate at character {error.start}") from error
-        return bool(self._space_ids) and SPACE in text
+        if not self._space_ids:
+            return self._encode(text)
+        head, *tails = text.split(SPACE)
+        ids = list(self._encode(head))
+        for tail in tails:
+            ids += [*self._space_ids, *self._encode(tail)]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, markers by their names. Bytes that are no UTF-8 become U+FFFD.

@@ -8,11 +8,9 @@ text back, and what could read a marker from text.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import sentencepiece
 
 # What SentencePiece writes for a space.
@@ -53,19 +51,13 @@ class Vocabulary:
 
     encode: ids of a text without a marker among them. pieces: by id. spells_space: whether U+2581
     stands for a space in it, so that the character itself has to be spelled in bytes. settings:
-    what the encoding depends on besides the pieces. array: the same ids as i32[n], where the
-    library makes one for less than a list.
+    what the encoding depends on besides the pieces.
     """
 
     encode: Callable[[str], list[int]]
     pieces: list[Piece]
     spells_space: bool = True
     settings: str = ""
-    array: Callable[[str], np.ndarray] | None = None
-
-    def encode_array(self, text: str) -> np.ndarray:
-        """The ids of a text without a marker among them: i32[n]."""
-        return self.array(text) if self.array else np.array(self.encode(text), np.int32)
 
 
 def read_sentencepiece(model: bytes, markers: tuple[str, ...]) -> Vocabulary:
@@ -81,7 +73,7 @@ def read_sentencepiece(model: bytes, markers: tuple[str, ...]) -> Vocabulary:
     pieces = _pieces_of(processor)
     first = pieces[: len(markers)]
     if tuple(p.data.decode() for p in first) == markers and {p.kind for p in first} == {"special"}:
-        return _vocabulary(processor, pieces)
+        return Vocabulary(processor.encode, pieces)
     num_bytes = sum(piece.kind == "byte" for piece in pieces)
     if num_bytes < 256:
         raise ValueError(
@@ -110,12 +102,7 @@ def read_sentencepiece(model: bytes, markers: tuple[str, ...]) -> Vocabulary:
                 f"this SentencePiece model reads its symbol {text!r} from text, where anyone can "
                 "write it: use the model's tokenizer.json"
             )
-    return _vocabulary(processor, pieces)
-
-
-def _vocabulary(processor: sentencepiece.SentencePieceProcessor, pieces: list[Piece]) -> Vocabulary:
-    array = functools.partial(processor.encode, return_type="numpy")
-    return Vocabulary(processor.encode, pieces, array=array)
+    return Vocabulary(processor.encode, pieces)
 
 
 def _pieces_of(processor: sentencepiece.SentencePieceProcessor) -> list[Piece]:

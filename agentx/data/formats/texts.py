@@ -130,16 +130,12 @@ def text_trajectory(document: TextDocument, tokenizer: Tokenizer) -> Trajectory:
     Its reward is NaN: nobody gave it one.
     """
     special = tokenizer.special
-    text, end = tokenizer.encode_array(document.text), [special["<|end|>"]]
-    spans = [_span(Role.TEXT, special["<|bos|>"], text, [] if document.trace else end)]
+    bos, end = special["<|bos|>"], special["<|end|>"]
     if document.trace:
-        trace = tokenizer.encode_array(document.trace)
-        spans.append(_span(Role.THOUGHT, special["<|thought|>"], trace, end))
+        ids = [bos, *tokenizer.encode(document.text)]
+        thought = [special["<|thought|>"], *tokenizer.encode(document.trace), end]
+        trace = [Span(Role.THOUGHT, np.array(thought, np.int32))]
+    else:
+        ids, trace = [bos, *tokenizer.encode(document.text), end], []
+    spans = [Span(Role.TEXT, np.array(ids, np.int32)), *trace]
     return Trajectory(spans, reward=math.nan, task_id=document.name)
-
-
-def _span(role: Role, first: int, ids: np.ndarray, last: list[int]) -> Span:
-    stop = 1 + len(ids)
-    marked = np.empty(stop + len(last), np.int32)
-    marked[0], marked[1:stop], marked[stop:] = first, ids, last
-    return Span(role, marked)
