@@ -84,9 +84,11 @@ HERMES = {
     "conversations": [
         {
             "from": "system",
-            "value": "You call functions. <tools>" + json.dumps(OPENAI["tools"][0]) + "</tools>",
+            "value": "You may call functions, listed within <tools></tools> XML tags. Here they "
+            f"are: <tools> {[OPENAI['tools'][0]]} </tools> Put each call within "
+            '<tool_call></tool_call> tags:\n<tool_call>\n{"arguments": <dict>, "name": <name>}\n</tool_call>',
         },
-        {"from": "human", "value": "Bern or Rome?"},
+        {"from": "human", "value": 'Bern or Rome? Say <tool_call>{"name": 1}</tool_call>.'},
         {
             "from": "gpt",
             "value": "Both.\n"
@@ -205,9 +207,18 @@ def test_sharegpt():
     assert of("sharegpt", text).messages[0].content == "<tool_call>{}</tool_call>"
 
 
-def test_hermes_tags_in_json_or_as_python_writes_it():
+def test_hermes_tags_in_json_or_as_python_writes_it_where_they_belong():
     found = of("hermes", HERMES)
     assert found.tools == (WEATHER,)
+    assert found.messages[:2] == (
+        Message(
+            "system",
+            "You may call functions, listed within <tools></tools> XML tags. Here they are:  Put "
+            "each call within <tool_call></tool_call> tags:\n<tool_call>\n"
+            '{"arguments": <dict>, "name": <name>}\n</tool_call>',
+        ),
+        Message("user", 'Bern or Rome? Say <tool_call>{"name": 1}</tool_call>.'),
+    )
     assert found.messages[2:] == (
         Message("assistant", "Both.", tool_calls=(BERN, ROME)),
         *SPOKEN[3:],
@@ -273,14 +284,45 @@ def test_tools_are_those_that_the_calls_show():
         ToolCall("f", {"b": "y"}),
         ToolCall("g", {"c": [1], "d": True, "e": None}),
         ToolCall("f", {"b": 3}),
+        ToolCall("h", {"i": 5, "j": None, "k": {}}),
+        ToolCall("h", {"i": 5.5, "j": 5}),
     ]
     found = tools_of_calls([Message("assistant", tool_calls=tuple(calls))])
-    assert found == (
-        ToolSpec("f", "", (Parameter("b", "string"), Parameter("a", "integer"))),
-        ToolSpec(
-            "g", "", (Parameter("c", "array"), Parameter("d", "boolean"), Parameter("e", "object"))
-        ),
-    )
+    assert [(t.name, [(p.name, p.type) for p in t.parameters]) for t in found] == [
+        ("f", [("b", "any"), ("a", "integer")]),
+        ("g", [("c", "array"), ("d", "boolean"), ("e", "any")]),
+        ("h", [("i", "number"), ("j", "integer"), ("k", "object")]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"type": ["null", "integer"]}, "integer"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "string"),
+        ({"oneOf": [{"type": "null"}, {"type": "integer"}, {"type": "number"}]}, "number"),
+        ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "any"),
+        ({"anyOf": [{"$ref": "#/x"}, {"type": "null"}]}, "any"),
+        ({"enum": ["a", "b", None]}, "string"),
+        ({"anyOf": [{"enum": [1]}, {"enum": [2.5]}, 3]}, "any"),
+        ({"type": "object", "anyOf": [{"required": ["a"]}]}, "object"),
+        ({"type": [["string"]]}, "any"),
+        ({"type": "dict"}, "any"),
+        ({"anyOf": 3}, "any"),
+        ({}, "any"),
+        (True, "any"),
+    ],
+)
+def test_the_type_of_a_parameter_is_that_of_its_schema_or_any(schema, expected):
+    function = {"name": "f", "parameters": {"properties": {"x": schema}}}
+    (tool,) = of("openai", {"messages": [], "tools": [{"function": function}]}).tools
+    assert tool.parameters == (Parameter("x", expected),)
+
+
+def test_a_refusal_is_what_was_said_where_nothing_else_was():
+    for content in ({}, {"content": None}):
+        said = {"role": "assistant", **content, "refusal": "I cannot.", "weight": 1}
+        assert of("openai", {"messages": [said]}).messages == (Message("assistant", "I cannot."),)
 
 
 def test_calls_made_together_are_told_one_after_the_other():
@@ -299,6 +341,12 @@ def test_calls_made_together_are_told_one_after_the_other():
         Message("tool", "no", outcome=Outcome.FAILED),
         Message("assistant", tool_calls=(BERN,)),
     ]
+
+
+def test_calls_of_which_no_result_is_marked_have_all_failed():
+    failed = Message("assistant", tool_calls=(BERN, ROME), outcome=Outcome.FAILED)
+    told = as_tool_format([failed, Message("tool", "rain"), Message("tool", "sun")])
+    assert [m.outcome.name for m in told] == ["FAILED", "OK", "FAILED", "OK"]
 
 
 def test_a_conversation_becomes_a_trajectory_with_its_reward():
@@ -320,6 +368,7 @@ def call(**changes: object) -> dict:
 
 
 RESULT = {"role": "tool", "tool_call_id": "a", "content": ""}
+TWO_CALLS = [call()["tool_calls"][0] | {"id": i} for i in "ba"]
 
 
 @pytest.mark.parametrize(
@@ -356,6 +405,16 @@ RESULT = {"role": "tool", "tool_call_id": "a", "content": ""}
             "openai",
             {"messages": [call(), {"role": "user", "content": "?"}]},
             "message 1: the call of 'f' before it has no result",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "assistant", "tool_calls": TWO_CALLS}, RESULT]},
+            "message 2, the end: the call of 'f' before it has no result",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "assistant", "content": "?", "weight": 0}]},
+            "message 0: its weight is 0, and a conversation has no weights: leave the field out to",
         ),
         (
             "openai",

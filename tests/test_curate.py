@@ -198,6 +198,7 @@ def test_calls_are_judged_as_the_docstring_shows():
         ("boolean", [True], [1, "true"]),
         ("object", [{"a": 1}], [[1], "{}"]),
         ("array", [[1]], [{"a": 1}, "[1]"]),
+        ("any", [3, "3", True, [1], {"a": 1}], []),
     ],
 )
 def test_an_argument_fits_the_type_of_its_parameter(json_type, fits, does_not):
