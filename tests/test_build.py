@@ -15,7 +15,7 @@ from agentx.cli.config import load_config
 from agentx.cli.main import main
 from agentx.cli.registry import REGISTRY
 from agentx.data.build import BeamConfig, BuildConfig, Input, build, describe
-from agentx.data.curate import Deduplicate, Length, MinReward
+from agentx.data.curate import Decontaminate, Deduplicate, Length, MinReward
 from agentx.data.store import TokenStore
 from agentx.tokenizer import Tokenizer
 
@@ -95,6 +95,16 @@ def test_what_is_read_is_kept_skipped_or_filtered_and_the_totals_add_up(inputs):
     twice = next(one for one in left if one["reason"] == "exact duplicate")
     assert twice["name"].endswith("texts.jsonl:20")
     assert twice["evidence"][0].endswith("texts.jsonl:4")
+
+
+def test_the_notes_say_how_many_evaluation_items_were_sought(inputs):
+    items = ["Text number 3: 9 words. 9 words. 9 words.", "two words", "or three words"]
+    (inputs / "test.jsonl").write_text("\n".join(json.dumps({"q": item}) for item in items))
+    filters = (Decontaminate((str(inputs / "test.jsonl"),), ("q",)),)
+    notes = build(config(inputs, filters=filters)).manifest["notes"]
+    assert notes["filtered"]["Decontaminate: contaminated"] == 2
+    assert notes["evaluation"] == {"sought": 1, "too short": 2}
+    assert describe(notes).endswith("(1 evaluation items sought, 2 evaluation items too short)")
 
 
 @pytest.mark.parametrize("stop_after", [1, 17, 40, 58])

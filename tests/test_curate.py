@@ -139,6 +139,15 @@ def test_repetition_judges_what_the_assistant_says_each_by_itself():
     assert Repetition()(stuttering) == Taken("duplicate lines")
 
 
+def test_a_trace_is_judged_like_the_text_before_it(tmp_path):
+    thought = TextDocument("", "two", "one one one one one one one one")
+    assert text_of(thought) == "two\none one one one one one one one"
+    assert Repetition(min_words=4)(thought) == Taken("one 2-gram throughout", ("one one",))
+    assert Symbols(max_ratio=0.1)(TextDocument("", "two", "#")) == Taken("too many #")
+    items = Decontaminate((evaluation_set(tmp_path, thought.trace),), ("q",))
+    assert verdict(items(thought)) == "taken: contaminated"
+
+
 def test_a_language_that_the_library_does_not_know_is_named():
     with pytest.raises(ValueError, match=re.escape("Language.languages has 'english'; py3langid")):
         Language(("english",))(text("hello"))
@@ -276,8 +285,6 @@ def test_good_steps_leaves_what_did_not_fail():
     half = GoodSteps()(failed_run(0.5))
     assert half.messages[-1].outcome is Outcome.OK  # an answer is harmful at reward 0 only
     assert half.messages[7].outcome is Outcome.FAILED
-    unread = Conversation((call("list"), Message("assistant", malformed="?")), reward=0.5)
-    assert [m.outcome.name for m in GoodSteps()(unread).messages] == ["OK", "FAILED"]
     fine = Conversation((call("list"), Message("tool", "a")), reward=0.0)
     assert GoodSteps()(fine) is fine
 
@@ -289,6 +296,11 @@ def test_a_failed_run_without_a_good_step_is_taken():
     )
     assert GoodSteps()(run) == Taken("no good step")
     assert GoodSteps()(Conversation((Message("user", "go"),), reward=0.0)) == Taken("no good step")
+
+
+def test_a_failed_run_with_a_malformed_message_is_taken():
+    run = Conversation((call("list"), Message("assistant", malformed="?")), reward=0.5)
+    assert GoodSteps()(run) == Taken("a malformed message", ("message 1",))
 
 
 def test_the_same_call_with_another_result_goes_in_no_circle():
@@ -428,10 +440,7 @@ def test_each_filter_gets_what_the_one_before_it_gave_and_the_counts_say_so():
     marked = run_filters((GoodSteps(), Length(3)), failed_run(), counts)
     assert marked.messages[-1].outcome is Outcome.FAILED
     assert counts.rows == [TakenRow("Length", "shorter than 3 characters", 1, 2)]
-    assert str(counts) == (
-        "2 documents = 1 kept (1 changed by GoodSteps) + 1 taken "
-        "(1 by Length: shorter than 3 characters)"
-    )
+    assert (counts.read, counts.kept, dict(counts.changed)) == (2, 1, {"GoodSteps": 1})
 
 
 @pytest.mark.skipif(not (SHARED / "gsm8k").is_dir(), reason="no shared/data/gsm8k")

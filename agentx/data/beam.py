@@ -36,7 +36,7 @@ from agentx.data.build import (
     shard_note,
     write_taken,
 )
-from agentx.data.curate import FilterCounts, Pair
+from agentx.data.curate import FilterCounts, Pair, evaluation_notes
 from agentx.data.formats import ReadCounts
 from agentx.data.shards import Document, shard_columns, write_shard
 from agentx.data.storage import Storage, to_json
@@ -81,7 +81,7 @@ def build_on_beam(config: BuildConfig) -> TokenStore:
         for entry in entries[writer.num_shards :]:
             note = entry.pop("note")
             writer.add_shard(entry, note)
-        store = writer.finish(**tally)
+        store = writer.finish(**tally, **evaluation_notes(config.filters))
         storage.delete_below(_FOLDER)
         return store
 
@@ -160,7 +160,7 @@ def _duplicates(beam: Any, prepared: Any, config: BuildConfig) -> Any:
         | "pairs" >> beam.FlatMapTuple(lambda key, group: deduplicate.pairs_in(group))
         | "by later" >> beam.Map(lambda pair: (pair.number, pair))
         | "pairs of one" >> beam.GroupByKey()
-        | "first pair" >> beam.MapTuple(lambda number, found: deduplicate.first_of(found))
+        | "first pair" >> beam.MapTuple(lambda number, found: min(found))
     )
     names = prepared | "names" >> beam.MapTuple(lambda number, one: (number, one.name))
     by_first = pairs | "by first" >> beam.Map(lambda pair: (pair.first, pair))

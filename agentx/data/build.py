@@ -31,6 +31,7 @@ from agentx.data.curate import (
     FilterCounts,
     Signature,
     Taken,
+    evaluation_notes,
     run_filters,
 )
 from agentx.data.formats import (
@@ -296,7 +297,8 @@ def describe(notes: dict[str, Any]) -> str:
         f"{sum(notes['filtered'].values()):,} filtered" + listed(notes["filtered"]),
     ]
     kinds = {f"{kind}s" if n != 1 else kind: n for kind, n in notes["kinds"].items()}
-    return f"{notes['read']:,} records read{listed(kinds)} = {' + '.join(parts)}"
+    items = listed(notes.get("evaluation", {}), "{n:,} evaluation items {name}")
+    return f"{notes['read']:,} records read{listed(kinds)} = {' + '.join(parts)}{items}"
 
 
 def build(
@@ -333,7 +335,7 @@ def build(
                         taken = []
                         writer.write_shard(shard_note(one.number, untold))
         write_taken(config.out, writer.num_shards, taken)
-        return writer.finish(**tally.notes(untold))
+        return writer.finish(**tally.notes(untold), **evaluation_notes(config.filters))
 
 
 def _deduplicated(
