@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import others
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from agentx.data.formats import (
 from agentx.data.formats.chat import tools_of_calls
 from agentx.render import ToolRenderer, as_tool_format
 from agentx.tokenizer import Tokenizer
-from agentx.trajectory import Message, Outcome, Parameter, Role, ToolCall, ToolSpec
+from agentx.trajectory import Markers, Message, Outcome, Parameter, Role, ToolCall, ToolSpec
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -86,7 +87,8 @@ HERMES = {
             "from": "system",
             "value": "You may call functions, listed within <tools></tools> XML tags. Here they "
             f"are: <tools> {[OPENAI['tools'][0]]} </tools> Put each call within "
-            '<tool_call></tool_call> tags:\n<tool_call>\n{"arguments": <dict>, "name": <name>}\n</tool_call>',
+            "<tool_call></tool_call> tags:\n<tool_call>\n"
+            '{"arguments": <dict>, "name": <name>}\n</tool_call>',
         },
         {"from": "human", "value": 'Bern or Rome? Say <tool_call>{"name": 1}</tool_call>.'},
         {
@@ -258,6 +260,17 @@ def test_swe_agent_by_text_and_by_calls():
     )
 
 
+def test_what_swe_agent_says_beside_a_call_is_its_thought_where_that_is_empty():
+    said = {**SWE_CALLS["history"][1], "thought": ""}
+    assert of("swe_agent", {"history": [said]}).messages[0].thought == "I look."
+
+
+def test_the_text_of_swe_agent_may_come_in_parts():
+    parts = [{"type": "text", "text": "Mend "}, {"type": "text", "text": "it."}]
+    history = [{"role": "user", "content": parts}, *SWE_TEXT["history"][2:]]
+    assert of("swe_agent", {"history": history}).messages[0] == Message("user", "Mend it.")
+
+
 def test_intercode_has_an_outcome_a_turn_and_the_highest_reward():
     found = of("intercode", INTERCODE)
     assert found.reward == 0.5
@@ -353,6 +366,9 @@ def test_a_conversation_becomes_a_trajectory_with_its_reward():
     renderer = ToolRenderer(Tokenizer.bytes())
     trajectory = conversation_trajectory(of("tau_bench", TAU), renderer)
     assert trajectory.reward == 1.0
+    theirs = others.tokenizer("qwen3")
+    other = conversation_trajectory(of("tau_bench", TAU), ToolRenderer(theirs))
+    assert other.markers == Markers.of(theirs.special) != trajectory.markers
     assert math.isnan(conversation_trajectory(of("openai", OPENAI), renderer).reward)
     roles = [span.role for span in trajectory.spans]
     assert roles.count(Role.CALL) == roles.count(Role.OBSERVATION) == 2
@@ -590,13 +606,44 @@ def test_a_record_that_is_too_long_is_skipped_without_being_held(tmp_path, monke
         list(reading.values(path))
 
 
+def test_a_record_is_measured_by_itself_and_not_with_what_was_read_behind_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_RECORD", 64 << 10)
+    monkeypatch.setattr(reading, "_PIECE", 16 << 10)
+    path = tmp_path / "f.json"
+    given = ["a", "x" * (40 << 10), "b" * ((64 << 10) - 2), *["c" * (10 << 10)] * 9]
+    path.write_text(json.dumps(given))
+    assert [value for _, _, value in reading.values(path)] == given
+    path.write_text(json.dumps(["a", "x" * ((64 << 10) - 1), "b" * (100 << 10)]))
+    with pytest.raises(ValueError, match=f"{path}:1: a record is longer than 0 MiB"):
+        list(reading.values(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("openai", {"messages": [{"role": "developer", "content": "Be brief."}]}),
+        ("openai", {"messages": [{"role": "assistant", "content": "!", "tool_calls": None}]}),
+        ("openai", {"messages": [{"role": "assistant", "content": None}]}),
+        ("agentx", {"messages": [{"role": "assistant", "content": "!"}]}),
+    ],
+)
+def test_what_only_chat_apis_write_is_recognised(tmp_path, name, record):
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps(record))
+    assert sniff(path) == name
+    assert len(list(read_conversations(path))) == 1
+
+
 def assert_read_or_refused(name: str, record: dict) -> None:
     """Any other exception than ValueError fails the test."""
+    for format in FORMATS.values():
+        format.suits(record)
     refused = ""
     try:
         found = of(name, record)
     except ValueError as error:
         refused = str(error)
+    assert "\n" not in refused
     assert refused or isinstance(found, Conversation)
 
 
@@ -630,6 +677,17 @@ KEYS = [
     "info",
     "system",
 ]
+# The key that a record of each format holds its list under.
+TOP = {
+    "openai": "messages",
+    "agentx": "messages",
+    "sharegpt": "conversations",
+    "hermes": "conversations",
+    "tau_bench": "traj",
+    "swe_agent": "history",
+    "intercode": "turn_history",
+    "verifiers": "prompt",
+}
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda x: (
@@ -645,9 +703,14 @@ json_values = st.recursive(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(sorted(FORMATS)), st.dictionaries(st.text(max_size=3), json_values))
-def test_whatever_a_record_holds_it_is_read_or_refused_in_one_sentence(name, record):
-    assert_read_or_refused(name, record)
+@given(
+    st.sampled_from(sorted(TOP)),
+    st.lists(json_values, max_size=4),
+    st.dictionaries(st.sampled_from(KEYS), json_values, max_size=4),
+)
+def test_whatever_a_record_holds_it_is_read_or_refused_in_one_sentence(name, listed, others):
+    assert set(TOP) == set(FORMATS)
+    assert_read_or_refused(name, others | {TOP[name]: listed})
 
 
 @settings(max_examples=150, deadline=None)

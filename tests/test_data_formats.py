@@ -1,7 +1,9 @@
+import contextlib
 import json
 import math
 import re
 
+import others
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,12 +18,13 @@ from agentx.data.formats import (
     read_conversations,
     read_text_jsonl,
     read_text_tree,
+    reading,
     text_trajectory,
     write_conversations,
 )
 from agentx.render import ToolRenderer
 from agentx.tokenizer import Tokenizer
-from agentx.trajectory import Message, Outcome, Parameter, Role, ToolCall, ToolSpec
+from agentx.trajectory import Markers, Message, Outcome, Parameter, Role, ToolCall, ToolSpec
 
 FIND = ToolSpec("find", "find a function", (Parameter("name"), Parameter("line", "integer")))
 ASKED = Conversation(
@@ -117,6 +120,13 @@ def test_a_malformed_line_is_named_by_file_and_line(tmp_path, line, sentence, re
     documents = list(read_text_jsonl(path, on_error="skip", counts=counts))
     assert [d.text for d in documents] == ["one", "three"]
     assert (counts.read, counts.kept, dict(counts.skipped)) == (3, 2, {reason: 1})
+
+
+def test_json_of_any_depth_is_read_or_refused():
+    for depth in range(1, 1200):
+        nested = b'{"a": ' + b"[" * depth + b'"\\u00e9"' + b"]" * depth + b"}"
+        with contextlib.suppress(reading.Malformed):
+            reading.json_object(nested, "here")
 
 
 def test_an_empty_data_set_is_an_error(tmp_path):
@@ -276,6 +286,8 @@ def test_a_text_becomes_one_span_between_its_markers():
     assert [s.role for s in trajectory.spans] == [Role.TEXT]
     assert trajectory.ids.tolist() == [1, 15 + 0xC3, 15 + 0xA9, 15 + 0x0A, 8]
     assert trajectory.task_id == "a.py"
+    theirs = others.tokenizer("qwen3")
+    assert text_trajectory(TextDocument("", "a"), theirs).markers == Markers.of(theirs.special)
     assert math.isnan(trajectory.reward)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
@@ -50,6 +51,7 @@ TAU = {"task_id": 3, "trial": 0, "reward": 1.0, "traj": OPENAI["messages"]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}
 HERMES = {
     "conversations": [
+        {"from": "system", "value": "Calls stand within <tool_call></tool_call>."},
         {"from": "human", "value": "?"},
         {"from": "gpt", "value": '<tool_call>{"name": "f", "arguments": {}}</tool_call>'},
         {"from": "tool", "value": "<tool_response>1</tool_response>"},
@@ -87,6 +89,8 @@ RECORDS = {
     "agentx": ASKED,
     "text": {"text": "a text"},
 }
+# No list, where a format has one.
+ODD = [{"text": "a", "conversations": 5}, {"text": "a", "messages": {}}, {"text": "a", "traj": ""}]
 
 
 def write_lines(path, *records):
@@ -142,6 +146,12 @@ def test_every_format_is_recognised_in_every_kind_of_file(tmp_path, name, suffix
         assert list(read_documents(path, format=name)) == [found]
 
 
+@pytest.mark.parametrize("record", ODD)
+def test_a_name_that_formats_use_may_hold_something_else(tmp_path, record):
+    (found,) = read_documents(write_lines(tmp_path / "f.jsonl", record))
+    assert found.text == "a"
+
+
 def test_a_folder_of_records_is_read_as_such_and_any_other_is_a_tree_of_texts(tmp_path):
     write_lines(tmp_path / "b.jsonl", {"text": "b"})
     write_lines(tmp_path / "a.json", ASKED)
@@ -168,6 +178,18 @@ def test_a_folder_of_records_is_read_as_such_and_any_other_is_a_tree_of_texts(tm
         f"{tmp_path}/b.jsonl:1",
     ]
     assert [d.text for d in read_documents(tmp_path / "b.jsonl", field="text")] == ["b"]
+
+
+def test_a_field_or_a_name_says_that_a_file_holds_records(tmp_path):
+    for name in ("f.ndjson", "f.ndjson.gz", "f.data"):
+        data = b'{"text": "a"}\n{"text": "b"}\n'
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        texts = [d.text for d in read_documents(tmp_path / name, field="text")]
+        assert texts == ["a", "b"]
+        if "ndjson" in name:
+            assert [d.text for d in read_documents(tmp_path / name)] == ["a", "b"]
+    (found,) = read_documents(tmp_path / "f.data")
+    assert found.text == '{"text": "a"}\n{"text": "b"}\n'
 
 
 def test_what_is_hidden_or_no_file_is_counted_and_never_read(tmp_path):
@@ -374,6 +396,16 @@ def test_what_is_empty_is_named(tmp_path, name):
     if name == "e.parquet":
         path.write_bytes(b"")
         assert_refused(path, f"{path} is truncated or damaged: Parquet file size is 0 bytes")
+
+
+def test_where_every_record_was_skipped_it_says_why(tmp_path):
+    path, counts = tmp_path / "f.jsonl", ReadCounts(read=3, kept=2, skipped=Counter(empty=1))
+    path.write_text("x\n\ny\n")
+    sentence = "3 records read = 0 kept + 3 skipped (1 empty, 2 no JSON)"
+    with pytest.raises(ValueError, match="holds no document: the data set is empty: ") as caught:
+        list(read_documents(path, field="text", on_error="skip", counts=counts))
+    assert str(caught.value).endswith(sentence)
+    assert (counts.read, counts.kept) == (6, 2)
 
 
 def test_a_folder_where_a_file_was_expected_is_named(tmp_path):

@@ -13,7 +13,7 @@ whatever a path holds.
 
 from agentx.data.formats.documents import Document, identify, read_documents
 from agentx.data.formats.native import Conversation, conversation_from_dict, conversation_to_dict
-from agentx.data.formats.reading import OnError, ReadCounts, expand
+from agentx.data.formats.reading import OnError, ReadCounts
 from agentx.data.formats.registry import (
     FORMATS,
     conversation_trajectory,
@@ -38,7 +38,6 @@ __all__ = [
     "conversation_from_dict",
     "conversation_to_dict",
     "conversation_trajectory",
-    "expand",
     "identify",
     "read_conversations",
     "read_documents",

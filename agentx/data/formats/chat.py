@@ -80,7 +80,7 @@ def openai_messages(listed: Sequence[Any]) -> tuple[Message, ...]:
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: this is no object but a {kind(fields)}")
         role = _role(fields.get("role"), _OPENAI_ROLES, where)
-        content = _content(fields.get("content") or fields.get("refusal"), where)
+        content = content_of(fields.get("content") or fields.get("refusal"), where)
         if role == "assistant" and fields.get("weight") not in (None, 1):
             raise ValueError(
                 f"{where}: its weight is {fields['weight']!r}, and a conversation has no weights: "
@@ -100,7 +100,7 @@ def openai_messages(listed: Sequence[Any]) -> tuple[Message, ...]:
         for at, call in enumerate(listed_calls):
             calls.append(_openai_call(call, f"{where}, tool call {at}"))
             ids.append(str(call.get("id") or ""))
-        thought = _content(fields.get("reasoning_content") or fields.get("reasoning"), where)
+        thought = content_of(fields.get("reasoning_content") or fields.get("reasoning"), where)
         spoken.append((Message(role, content, thought, tuple(calls)), ids))
     return matched(spoken)
 
@@ -155,7 +155,7 @@ def _sharegpt(
     tools = list(openai_tools(record.get("tools") or []))
     system = record.get("system")
     if system:
-        spoken.append((Message("system", _content(system, "system")), []))
+        spoken.append((Message("system", content_of(system, "system")), []))
     for number, turn in enumerate(list_of(record, "conversations")):
         where = f"turn {number}"
         if not isinstance(turn, dict):
@@ -294,7 +294,7 @@ def _role(given: Any, roles: dict[str, SpeakerRole], where: str) -> SpeakerRole:
     return roles[given]
 
 
-def _content(content: Any, where: str) -> str:
+def content_of(content: Any, where: str) -> str:
     """A string, nothing, or a list of parts that are all text."""
     if content is None:
         return ""

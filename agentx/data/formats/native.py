@@ -1,7 +1,7 @@
 """Conversations, and our own JSON format for them.
 
-A conversation in JSON is an object like this one (fields that are empty may be left out; an outcome
-is "ok", "failed" or "recovered"):
+A conversation in JSON is an object like this one (what is empty may be left out, but for a call's
+arguments and a tool's description; an outcome is "ok", "failed" or "recovered"):
 
     {"messages": [
         {"role": "user", "content": "Where is `walk`?"},

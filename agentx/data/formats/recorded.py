@@ -18,6 +18,7 @@ import json
 from typing import Any
 
 from agentx.data.formats.chat import (
+    content_of,
     matched,
     openai_messages,
     openai_tools,
@@ -55,7 +56,9 @@ def swe_agent_conversation(record: dict[str, Any], name: str = "") -> Conversati
         where = f"history {number}"
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: this is no object but a {kind(fields)}")
-        role, content = fields.get("role"), _text(fields, "content", where)
+        role, content = fields.get("role"), fields.get("content")
+        is_listed = isinstance(content, list)
+        content = content_of(content, where) if is_listed else _text(fields, "content", where)
         if role == "assistant" and fields.get("action"):
             call = ToolCall("bash", {"command": _text(fields, "action", where)})
             thought = _text(fields, "thought", where)
@@ -126,11 +129,9 @@ def _without_echo(message: Message, fields: dict[str, Any]) -> Message:
     if not message.tool_calls:
         return message
     thought = fields.get("thought")
-    return Message(
-        "assistant",
-        thought=thought if isinstance(thought, str) else message.content,
-        tool_calls=message.tool_calls,
-    )
+    if not isinstance(thought, str) or not thought:
+        thought = message.content
+    return Message("assistant", thought=thought, tool_calls=message.tool_calls)
 
 
 def _text(fields: dict[str, Any], key: str, where: str) -> str:

@@ -36,6 +36,7 @@ from agentx.data.formats.recorded import (
     verifiers_conversation,
 )
 from agentx.data.formats.records import records
+from agentx.data.formats.texts import markers_of
 from agentx.render import Renderer, ToolRenderer, as_tool_format
 from agentx.trajectory import Message, Role, Trajectory
 
@@ -69,8 +70,11 @@ def _is_openai(record: dict[str, Any]) -> bool:
         return False
     foreign = {"tool_call_id", "function_call", "name", "reasoning_content", "refusal", "weight"}
     for message in (m for m in messages if isinstance(m, dict)):
-        calls = message.get("tool_calls") or []
-        if foreign & set(message) or isinstance(message.get("content"), list):
+        calls = message.get("tool_calls", [])
+        if foreign & set(message) or isinstance(message.get("content"), list) or calls is None:
+            return True
+        role, content = message.get("role"), message.get("content", "")
+        if role in ("developer", "function") or (role == "assistant" and content is None):
             return True
         if isinstance(calls, list) and any(isinstance(c, dict) and "function" in c for c in calls):
             return True
@@ -80,7 +84,8 @@ def _is_openai(record: dict[str, Any]) -> bool:
 
 def _is_hermes(record: dict[str, Any]) -> bool:
     turns = record.get("conversations")
-    texts = [str(t.get("value")) for t in turns if isinstance(t, dict)] if turns else []
+    listed = turns if isinstance(turns, list) else []
+    texts = [str(turn.get("value")) for turn in listed if isinstance(turn, dict)]
     return any(tag in text for text in texts for tag in ("<tool_call>", "<tools>"))
 
 
@@ -188,4 +193,10 @@ def conversation_trajectory(conversation: Conversation, renderer: Renderer) -> T
     spoken = (Role.THOUGHT, Role.CALL, Role.ARGUMENTS, Role.ANSWER)
     prompt = next((i for i, span in enumerate(spans) if span.role in spoken), len(spans))
     reward = math.nan if conversation.reward is None else conversation.reward
-    return Trajectory(spans, reward, task_id=conversation.name, num_prompt_spans=prompt)
+    return Trajectory(
+        spans,
+        reward,
+        task_id=conversation.name,
+        num_prompt_spans=prompt,
+        markers=markers_of(renderer.tokenizer),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -21,7 +22,7 @@ from agentx.data.formats.reading import (
 )
 from agentx.data.formats.records import records
 from agentx.tokenizer import Tokenizer
-from agentx.trajectory import Role, Span, Trajectory
+from agentx.trajectory import Markers, Role, Span, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,4 +139,11 @@ def text_trajectory(document: TextDocument, tokenizer: Tokenizer) -> Trajectory:
     else:
         ids, trace = [bos, *tokenizer.encode(document.text), end], []
     spans = [Span(Role.TEXT, np.array(ids, np.int32)), *trace]
-    return Trajectory(spans, reward=math.nan, task_id=document.name)
+    markers = markers_of(tokenizer)
+    return Trajectory(spans, reward=math.nan, task_id=document.name, markers=markers)
+
+
+@functools.lru_cache(maxsize=1)
+def markers_of(tokenizer: Tokenizer) -> Markers:
+    """The ids of its markers; looked up once, which else would cost more than a short span."""
+    return Markers.of(tokenizer.special)
