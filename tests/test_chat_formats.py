@@ -16,11 +16,10 @@ from agentx.data.formats import (
     Conversation,
     ReadCounts,
     conversation_trajectory,
-    read_conversations,
+    read_documents,
     reading,
     sniff,
 )
-from agentx.data.formats.chat import tools_of_calls
 from agentx.render import ToolRenderer, as_tool_format
 from agentx.tokenizer import Tokenizer
 from agentx.trajectory import Markers, Message, Outcome, Parameter, Role, ToolCall, ToolSpec
@@ -300,7 +299,9 @@ def test_tools_are_those_that_the_calls_show():
         ToolCall("h", {"i": 5, "j": None, "k": {}}),
         ToolCall("h", {"i": 5.5, "j": 5}),
     ]
-    found = tools_of_calls([Message("assistant", tool_calls=tuple(calls))])
+    made = [{"name": c.name, "arguments": c.arguments} for c in calls]
+    said = {"role": "assistant", "tool_calls": [{"function": function} for function in made]}
+    found = of("tau_bench", {"traj": [said]}).tools
     assert [(t.name, [(p.name, p.type) for p in t.parameters]) for t in found] == [
         ("f", [("b", "any"), ("a", "integer")]),
         ("g", [("c", "array"), ("d", "boolean"), ("e", "any")]),
@@ -475,7 +476,7 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path, name, record, sentence)
     path = tmp_path / "f.jsonl"
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
-        list(read_conversations(path, format=name))
+        list(read_documents(path, format=name))
     assert str(caught.value).startswith(f"{path}:1: ")
     assert "\n" not in str(caught.value)
 
@@ -501,7 +502,7 @@ def test_a_format_is_recognised(tmp_path, name, file, content):
     data = json.dumps(content, indent=None if ".jsonl" in file else 1).encode()
     path.write_bytes(gzip.compress(data) if file.endswith(".gz") else data)
     assert sniff(path) == name
-    found = list(read_conversations(path))
+    found = list(read_documents(path))
     assert len(found) == (len(content) if name == "intercode" or isinstance(content, list) else 1)
     assert found == [
         FORMATS[name].parse(record, conversation.name)
@@ -524,12 +525,9 @@ def test_what_looks_like_nothing_is_said_to(tmp_path):
     path.write_text('{"body": "a"}')
     sentence = f"{path}: its first records, with 'body', look like none of tau_bench, swe_agent,"
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        list(read_conversations(path))
-    path.write_text('{"text": "a"}')
-    with pytest.raises(ValueError, match="its first records hold a 'text' and no conversation"):
-        list(read_conversations(path))
-    with pytest.raises(ValueError, match="there is no format 'chatml'; there are tau_bench"):
-        list(read_conversations(path, format="chatml"))
+        list(read_documents(path))
+    with pytest.raises(ValueError, match="there is no format 'chatml'; there are text, tau_bench"):
+        list(read_documents(path, format="chatml"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -575,7 +573,7 @@ def test_a_file_that_is_no_json_is_an_error_even_where_records_are_skipped(
     with pytest.raises(ValueError, match=re.escape(sentence)):
         list(reading.values(path))
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        list(read_conversations(path, format="openai", on_error="skip"))
+        list(read_documents(path, format="openai", on_error="skip"))
 
 
 def test_a_truncated_or_damaged_gzip_file_is_named(tmp_path):
@@ -583,10 +581,10 @@ def test_a_truncated_or_damaged_gzip_file_is_named(tmp_path):
     path = tmp_path / "f.jsonl.gz"
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=f"{path} breaks off: the gzip file is truncated"):
-        list(read_conversations(path, on_error="skip"))
+        list(read_documents(path, on_error="skip"))
     path.write_bytes(b"no gzip at all")
     with pytest.raises(ValueError, match=f"{path} is damaged: Not a gzipped file"):
-        list(read_conversations(path, on_error="skip"))
+        list(read_documents(path, on_error="skip"))
 
 
 def test_a_record_that_is_too_long_is_skipped_without_being_held(tmp_path, monkeypatch):
@@ -595,11 +593,11 @@ def test_a_record_that_is_too_long_is_skipped_without_being_held(tmp_path, monke
     good = json.dumps(VERIFIERS).encode()
     path.write_bytes(b"\n".join([good, b"x" * (5 << 20), good, b"y" * (1 << 20) + b"z", good]))
     counts = ReadCounts()
-    assert len(list(read_conversations(path, on_error="skip", counts=counts))) == 3
+    assert len(list(read_documents(path, on_error="skip", counts=counts))) == 3
     assert (counts.read, dict(counts.skipped)) == (5, {"too long": 2})
     assert [place for place, _ in reading.lines(path)] == [f"{path}:{i}" for i in range(1, 6)]
     with pytest.raises(ValueError, match=f"{path}:2 is longer than 1 MiB"):
-        list(read_conversations(path))
+        list(read_documents(path))
     path = tmp_path / "f.json"
     path.write_bytes(b'["' + b"x" * (5 << 20) + b'"]')
     with pytest.raises(ValueError, match=f"{path}:1: a record is longer than 1 MiB"):
@@ -631,7 +629,7 @@ def test_what_only_chat_apis_write_is_recognised(tmp_path, name, record):
     path = tmp_path / "f.jsonl"
     path.write_text(json.dumps(record))
     assert sniff(path) == name
-    assert len(list(read_conversations(path))) == 1
+    assert len(list(read_documents(path))) == 1
 
 
 def assert_read_or_refused(name: str, record: dict) -> None:
@@ -759,7 +757,7 @@ def test_a_real_file_is_read_whole_and_becomes_trajectories(name):
     if not path.exists():
         pytest.skip(f"{REAL[name]} is not here")
     counts = ReadCounts()
-    found = list(read_conversations(path, counts=counts))
+    found = list(read_documents(path, counts=counts))
     content = json.loads(path.read_text())
     expected = 1 if name == "swe_agent" else len(content)
     assert (counts.read, counts.kept, len(found)) == (expected,) * 3

@@ -29,7 +29,7 @@ from agentx.data.curate import (
     text_of,
     words,
 )
-from agentx.data.formats import Conversation, TextDocument, read_conversations, read_text_jsonl
+from agentx.data.formats import Conversation, TextDocument, read_documents
 from agentx.data.formats.registry import conversation_trajectory
 from agentx.data.objectives import NextToken
 from agentx.render import ToolRenderer
@@ -447,7 +447,7 @@ def test_each_filter_gets_what_the_one_before_it_gave_and_the_counts_say_so():
 def test_gsm8k_train_holds_a_few_items_of_its_test_set():
     filter = Decontaminate((str(SHARED / "gsm8k" / "test.jsonl"),), ("question",))
     hits = []
-    for document in read_text_jsonl(SHARED / "gsm8k" / "train.jsonl", "question"):
+    for document in read_documents(SHARED / "gsm8k" / "train.jsonl", field="question"):
         hits += filter.hits(document)
     found = {(hit.document.split(":")[-1], hit.item.split(":")[-1]) for hit in hits}
     assert filter.num_items == 1319
@@ -457,7 +457,7 @@ def test_gsm8k_train_holds_a_few_items_of_its_test_set():
 @pytest.mark.skipif(not (SHARED / "tau_bench").is_dir(), reason="no shared/data/tau_bench")
 def test_tau_bench_runs_that_failed_keep_their_good_steps():
     counts = FilterCounts()
-    for run in read_conversations(SHARED / "tau_bench" / "gpt-4o-airline.json"):
+    for run in read_documents(SHARED / "tau_bench" / "gpt-4o-airline.json"):
         run_filters((ValidCalls(), GoodSteps()), run, counts)
     assert (counts.read, counts.kept, dict(counts.changed)) == (200, 200, {"GoodSteps": 103})
 
@@ -466,7 +466,7 @@ def test_tau_bench_runs_that_failed_keep_their_good_steps():
 def test_intercode_runs_without_a_good_step_are_taken():
     counts = FilterCounts()
     path = SHARED / "intercode" / "ic_bash_multiturn_vicuna_10_turns_fs_1.json"
-    for run in read_conversations(path):
+    for run in read_documents(path):
         run_filters((ValidCalls(), GoodSteps()), run, counts)
     assert [row[:3] for row in counts.rows] == [("GoodSteps", "no good step", 8)]
     assert (counts.read, dict(counts.changed)) == (60, {"GoodSteps": 18})

@@ -10,7 +10,6 @@ import emulators
 import pytest
 
 from agentx.data.formats import ReadCounts, TextDocument, identify, places, read_documents
-from agentx.data.formats.texts import read_text_tree
 
 ASKED = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 
@@ -47,7 +46,7 @@ def test_a_tree_of_a_bucket_is_that_of_a_folder(bucket, tmp_path):
         found = texts_of(read_documents(top, counts=counts))
         assert found == [("a.py", "ä = 1\n"), ("c.txt", "c"), ("pkg/b.py", "b = 1\n")]
         assert (counts.read, counts.kept, dict(counts.skipped)) == (4, 3, {"hidden": 1})
-        assert texts_of(read_text_tree(top, "*.py")) == [found[0], found[2]]
+        assert texts_of(read_documents(top, format="text", pattern="*.py")) == [found[0], found[2]]
         assert texts_of(read_documents(f"{top}/**/b.py")) == [("pkg/b.py", "b = 1\n")]
         assert texts_of(read_documents(f"{top}/*.*")) == found[:2]
         assert texts_of(read_documents(f"{top}/pkg/b.py")) == [("b.py", "b = 1\n")]

@@ -22,7 +22,6 @@ from agentx.data.formats import (
     TextDocument,
     identify,
     parquet,
-    read_conversations,
     read_documents,
     reading,
     sniff,
@@ -411,7 +410,7 @@ def test_where_every_record_was_skipped_it_says_why(tmp_path):
 def test_a_folder_where_a_file_was_expected_is_named(tmp_path):
     (tmp_path / "d.jsonl").mkdir()
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/d.jsonl cannot be read: Is a dir")):
-        list(read_conversations(tmp_path / "d.jsonl"))
+        sniff(tmp_path / "d.jsonl")
     assert_refused(tmp_path / "none*", f"there is no file or folder {tmp_path}/none*")
 
 

@@ -310,12 +310,13 @@ def tokenizer_train(
     vocab_size: Annotated[int, typer.Option(help="Pieces, markers and bytes included.")] = 32768,
 ) -> None:
     """Trains byte-fallback BPE on text files."""
-    from agentx.data.formats import read_text_tree
+    from agentx.data.curate import text_of
+    from agentx.data.formats import read_documents
     from agentx.tokenizer import Tokenizer
 
     _refuse_overrides(context)
-    documents = (document for file in files for document in read_text_tree(file))
-    tokenizer = Tokenizer.train((document.text for document in documents), vocab_size)
+    documents = (document for file in files for document in read_documents(file, format="text"))
+    tokenizer = Tokenizer.train(map(text_of, documents), vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out)
     _done(

@@ -17,16 +17,10 @@ from agentx.data.formats.reading import OnError, ReadCounts
 from agentx.data.formats.registry import (
     FORMATS,
     conversation_trajectory,
-    read_conversations,
     sniff,
     write_conversations,
 )
-from agentx.data.formats.texts import (
-    TextDocument,
-    read_text_jsonl,
-    read_text_tree,
-    text_trajectory,
-)
+from agentx.data.formats.texts import TextDocument, text_trajectory
 
 __all__ = [
     "FORMATS",
@@ -39,10 +33,7 @@ __all__ = [
     "conversation_to_dict",
     "conversation_trajectory",
     "identify",
-    "read_conversations",
     "read_documents",
-    "read_text_jsonl",
-    "read_text_tree",
     "sniff",
     "text_trajectory",
     "write_conversations",

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ast
 import collections
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +22,7 @@ from typing import Any, Literal
 
 from agentx.data.formats.native import Conversation, list_of, reward_of
 from agentx.data.formats.reading import check_text, kind
-from agentx.trajectory import Message, Outcome, Parameter, ToolCall, ToolSpec
+from agentx.trajectory import Message, Parameter, ToolCall, ToolSpec
 
 SpeakerRole = Literal["system", "user", "assistant", "tool"]
 
@@ -242,52 +241,6 @@ def matched(spoken: Iterable[tuple[Message, Sequence[str]]]) -> tuple[Message, .
     return tuple(messages)
 
 
-def with_outcomes(
-    messages: Iterable[Message], is_failure: Callable[[Message], bool]
-) -> list[Message]:
-    """Marks the results that are failures, the calls that made them, and the first call after.
-
-    The messages of one episode in order: a call is FAILED where one of its results is, and
-    RECOVERED where it is the first that is not after one that was.
-    """
-    marked: list[Message] = []
-    call_at, after_failure = -1, False
-    for message in messages:
-        if message.tool_calls:
-            outcome = Outcome.RECOVERED if after_failure else Outcome.OK
-            call_at, after_failure = len(marked), False
-            message = dataclasses.replace(message, outcome=outcome)
-        elif message.role == "tool" and is_failure(message):
-            message = dataclasses.replace(message, outcome=Outcome.FAILED)
-            marked[call_at] = dataclasses.replace(marked[call_at], outcome=Outcome.FAILED)
-            after_failure = True
-        marked.append(message)
-    return marked
-
-
-def tools_of_calls(messages: Iterable[Message]) -> tuple[ToolSpec, ...]:
-    """The tools that the calls show, for conversations that do not say what was on offer.
-
-    A tool's parameters are those that any call gave, the most frequent first; its description is
-    empty. A parameter whose values are of several types may be anything.
-    """
-    given: dict[str, collections.Counter[str]] = {}
-    types: dict[tuple[str, str], set[str]] = {}
-    for call in (call for message in messages for call in message.tool_calls):
-        counts = given.setdefault(call.name, collections.Counter())
-        for key, value in call.arguments.items():
-            counts[key] += 1
-            types.setdefault((call.name, key), set()).add(_type_of(value))
-
-    def parameter(tool: str, key: str) -> Parameter:
-        return Parameter(key, _one_type(types[tool, key]))
-
-    return tuple(
-        ToolSpec(name, "", tuple(parameter(name, key) for key, _ in counts.most_common()))
-        for name, counts in given.items()
-    )
-
-
 def _role(given: Any, roles: dict[str, SpeakerRole], where: str) -> SpeakerRole:
     if not isinstance(given, str) or given not in roles:
         raise ValueError(f"{where}: nobody speaks as {given!r}; there are {', '.join(roles)}")
@@ -366,17 +319,17 @@ def _schema_type(schema: Any) -> Any:
         if told is not None:
             found += told if isinstance(told, list) else [told]
         elif isinstance(values, list):
-            found += map(_type_of, values)
+            found += map(type_of, values)
         else:
             found.append("any")
-    return _one_type(found)
+    return one_type(found)
 
 
-def _type_of(value: Any) -> str:
+def type_of(value: Any) -> str:
     return _TYPE_OF.get(type(value), "null")
 
 
-def _one_type(names: Iterable[Any]) -> Any:
+def one_type(names: Iterable[Any]) -> Any:
     """The type that takes all of these in; null, which stands for what is left out, counts not."""
     found = {name if name in _JSON_TYPES else "any" for name in names if name != "null"}
     if found == {"integer", "number"}:

@@ -18,7 +18,6 @@ from agentx.data.formats.reading import (
     OnError,
     ReadCounts,
     check_on_error,
-    nothing_in,
     read_records,
 )
 from agentx.data.formats.records import is_data_file
@@ -70,14 +69,16 @@ def read_documents(
             continue
         read_before = counts.read
         if is_tree or not (format or field or is_data_file(file.path)):
-            yield from read_records([file], text_file, "", on_error, counts)
+            yield from read_records([file], text_file, on_error, counts)
         else:
             yield from _read_records(file, format, field, trace, on_error, counts)
         if counts.read == read_before:
             counts.read += 1
             counts.skipped["empty file"] += 1
     if counts.kept == before.kept:
-        raise nothing_in(path, counts - before)
+        where = path if pattern == "*" else f"{path} ({pattern})"
+        since = counts - before
+        raise ValueError(f"{where} holds no document: the data set is empty: {since}")
 
 
 def identify(path: PathLike, pattern: str = "*") -> list[tuple[str, int, str]]:
@@ -110,9 +111,9 @@ def _read_records(
     """The documents of a file of records."""
     chosen = format or (TEXT if field else sniff(file.path))
     if chosen == TEXT:
-        yield from read_texts(file.path, field or TEXT, trace, "", on_error, counts)
+        yield from read_texts(file.path, field or TEXT, trace, on_error, counts)
     else:
-        yield from read_as(chosen, file.path, "", on_error, counts)
+        yield from read_as(chosen, file.path, on_error, counts)
 
 
 def _check(format: str, field: str, trace: str) -> None:

@@ -107,18 +107,13 @@ def check_on_error(on_error: str) -> None:
 def read_records(
     records: Iterable[Any],
     parse: Callable[[Any], T | None],
-    where: str,
     on_error: OnError,
-    counts: ReadCounts | None,
+    counts: ReadCounts,
 ) -> Iterator[T]:
     """What `parse` makes of each record. It returns None for one without text.
 
-    Raises what `parse` raises, where `on_error` is not "skip", and ValueError where nothing was
-    kept, unless `where` is "".
+    Raises what `parse` raises, where `on_error` is not "skip".
     """
-    check_on_error(on_error)
-    counts = ReadCounts() if counts is None else counts
-    before = dataclasses.replace(counts, skipped=counts.skipped.copy())
     for record in records:
         counts.read += 1
         try:
@@ -133,12 +128,6 @@ def read_records(
             continue
         counts.kept += 1
         yield document
-    if where and counts.kept == before.kept:
-        raise nothing_in(where, counts - before)
-
-
-def nothing_in(where: PathLike, counts: ReadCounts) -> ValueError:
-    return ValueError(f"{where} holds no document: the data set is empty: {counts}")
 
 
 def lines(path: PathLike) -> Iterator[tuple[str, bytes]]:

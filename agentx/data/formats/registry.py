@@ -127,30 +127,14 @@ def sniff(path: PathLike) -> str:
     )
 
 
-def read_conversations(
-    path: PathLike,
-    *,
-    format: str = "",
-    on_error: OnError = "raise",
-    counts: ReadCounts | None = None,
-) -> Iterator[Conversation]:
-    """One conversation for each record of a file, whose format is recognised unless it is named.
-
-    Raises ValueError for a record that is not one, naming file, line and field, for an id that
-    comes twice, and for a file without a conversation.
-    """
-    chosen = format or sniff(path)
-    if chosen == TEXT and not format:
-        raise ValueError(f"{path}: its first records hold a 'text' and no conversation")
-    yield from read_as(chosen, path, str(path), on_error, counts)
-
-
 def read_as(
-    format: str, path: PathLike, where: str, on_error: OnError, counts: ReadCounts | None
+    format: str, path: PathLike, on_error: OnError, counts: ReadCounts
 ) -> Iterator[Conversation]:
-    """The same, of a known format. An error calls what is empty `where`; with "" it may be."""
-    if format not in FORMATS:
-        raise ValueError(f"there is no format {format!r}; there are {', '.join(FORMATS)}")
+    """One conversation for each record of a file of this format.
+
+    Raises ValueError for a record that is not one, naming file, line and field, and for an id that
+    comes twice.
+    """
     chosen, ids = FORMATS[format], Ids()
 
     def parse(record: tuple[str, Any]) -> Conversation | None:
@@ -168,11 +152,11 @@ def read_as(
             ids.check(given[0] if len(given) == 1 else tuple(given), place)
         return conversation if conversation.messages else None
 
-    yield from read_records(records(path), parse, where, on_error, counts)
+    yield from read_records(records(path), parse, on_error, counts)
 
 
 def write_conversations(path: PathLike, conversations: Iterable[Conversation]) -> None:
-    """Writes what `read_conversations` reads, in one step: a reader never sees half a file."""
+    """Writes what `read_documents` reads, in one step: a reader never sees half a file."""
     partial = Path(f"{path}.partial")
     with partial.open("w", encoding="utf-8") as file:
         for conversation in conversations:
