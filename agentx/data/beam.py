@@ -38,7 +38,7 @@ from agentx.data.build import (
 )
 from agentx.data.curate import FilterCounts, Pair
 from agentx.data.formats import ReadCounts
-from agentx.data.shards import Document, shard_columns, write_shard
+from agentx.data.shards import Entry, shard_columns, write_shard
 from agentx.data.storage import Storage, to_json
 from agentx.data.store import TokenStore
 
@@ -227,7 +227,7 @@ def _write(numbered: tuple[int, Iterable[Prepared]], config: BuildConfig, cuts: 
     lines = (one.left.line(one.name) for one in ordered if one.left is not None)
     write_taken(config.out, shard, lines)
     documents = [
-        Document(one.trajectory, one.number[0])
+        Entry(one.trajectory, one.number[0])
         for one in ordered
         if one.left is None and one.trajectory is not None
     ]
