@@ -129,6 +129,10 @@ class Numbered(NamedTuple):
     def name(self) -> str:
         return self.document.name
 
+    @property
+    def num_characters(self) -> int:
+        return self.document.num_characters
+
 
 class Left(NamedTuple):
     """Why a document is left out: which filter says so, under which reason, on what evidence."""

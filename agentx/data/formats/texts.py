@@ -35,6 +35,10 @@ class TextDocument:
     text: str
     trace: str = ""
 
+    @property
+    def num_characters(self) -> int:
+        return len(self.text) + len(self.trace)
+
 
 def read_text_tree(
     root: PathLike,
