@@ -209,6 +209,13 @@ def test_a_changed_input_or_config_is_refused_with_what_changed(inputs):
         build(config(inputs))
 
 
+def test_a_tokenizer_that_has_changed_is_read_again(inputs):
+    build(config(inputs))
+    Tokenizer.train(["a b c d e f g"] * 9, 290).save(inputs / "tokenizer.model")
+    with pytest.raises(ValueError, match="was begun with another tokenizer fingerprint"):
+        build(config(inputs))
+
+
 def test_files_of_one_name_in_two_folders_are_told_apart(inputs):
     paths = []
     for folder in ("a", "b"):
