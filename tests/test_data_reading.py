@@ -211,13 +211,14 @@ def test_what_is_hidden_or_no_file_is_counted_and_never_read(tmp_path):
     }
     assert counts.read == counts.kept + counts.num_skipped == 10
     assert [document.name for document in read_documents(tree / ".git")] == ["2", "objects/1"]
-    assert [name for name, _, _ in identify(tree, "*.py")] == ["a.py", "pkg/b.py"]
+    found = [path for path, _, _ in identify(tree, "*.py")]
+    assert found == [f"{tree}/a.py", f"{tree}/pkg/b.py"]
 
 
 def test_files_are_told_apart_by_their_content(tmp_path):
     (tmp_path / "a.txt").write_text("abc")
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert identify(tmp_path) == [("a.txt", 3, f"sha256:{sha256}")]
+    assert identify(tmp_path) == [(f"{tmp_path}/a.txt", 3, f"sha256:{sha256}")]
 
 
 def test_a_trace_beside_a_text_becomes_a_thought(tmp_path):

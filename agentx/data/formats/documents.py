@@ -82,13 +82,13 @@ def read_documents(
 
 
 def identify(path: PathLike, pattern: str = "*") -> list[tuple[str, int, str]]:
-    """(name, size, checksum) of each file that `read_documents` would read, in its order.
+    """(path, size, checksum) of each file that `read_documents` would read, in its order.
 
     A README beside records is one of them. The checksum is sha256 for a file of this machine, and
     what the bucket keeps for one there.
     """
     files = (file for file in find_files(path, pattern) if not file.fault)
-    return [(file.name, *size_and_checksum(file.path)) for file in files]
+    return [(file.path, *size_and_checksum(file.path)) for file in files]
 
 
 def _told_apart(files: list[File], path: PathLike) -> tuple[list[File], bool]:

@@ -41,6 +41,14 @@ class Conversation:
     name: str = ""
     reward: float | None = None
 
+    @property
+    def num_characters(self) -> int:
+        """Of all that is said and called; those of the tools on offer are not counted."""
+        arguments = (c.arguments.values() for m in self.messages for c in m.tool_calls)
+        return sum(len(m.thought) + len(m.content) for m in self.messages) + sum(
+            len(str(value)) for values in arguments for value in values
+        )
+
 
 def conversation_to_dict(conversation: Conversation) -> dict[str, Any]:
     """The JSON form, without the fields that are empty; an outcome is its name in lower case."""

@@ -36,6 +36,10 @@ class TextDocument:
     text: str
     trace: str = ""
 
+    @property
+    def num_characters(self) -> int:
+        return len(self.text) + len(self.trace)
+
 
 def counted_out(file: File, counts: ReadCounts) -> bool:
     """Whether a file is not to be read, which is counted by reason."""
