@@ -292,6 +292,15 @@ def test_run_report_draws_the_curves_of_one_run(tmp_path):
     assert labels == ["My run loss: 1 at step 1, 0.1 at step 10"]
 
 
+def test_a_pause_between_two_processes_is_no_time_in_training(tmp_path):
+    records = [{"step": s, "time": 1e9 + 1e6 * s, "seconds": 60.0 * s, "loss": 1.0} for s in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    page = Page(write_run_report(tmp_path))
+    assert "time in training 2:00 2 steps" in page.text
+    labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert [label.rpartition(":")[0].rpartition(" ")[2] for label in labels] == ["loss"]
+
+
 def test_wrong_input_is_named_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"results\.json does not exist"):
         write_report(tmp_path)

@@ -432,6 +432,8 @@ def test_evaluation_plays_every_task_at_most_once_in_a_seeded_order():
     assert [e.reward for e in run(1)] == [float(name == "echo/3") for name in order]
     with pytest.raises(ValueError, match="11 episodes were asked for but the task set has 10"):
         run(1, 11)
+    with pytest.raises(ValueError, match=r"seed is -1; it must be in \[0, 2\^31\)"):
+        run(-1)
 
 
 def test_a_result_counts_the_calls_and_a_crash_is_no_success():

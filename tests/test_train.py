@@ -101,6 +101,14 @@ def test_a_count_of_nothing_is_refused(folder, field):
         make_config("pretrain", folder, **{field: 0})
 
 
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_that_some_part_would_not_take_is_refused(folder, seed):
+    with pytest.raises(
+        ValueError, match=rf"TrainConfig.seed is {seed}; it must be in \[0, 2\^31\)"
+    ):
+        make_config("pretrain", folder, seed=seed)
+
+
 def test_a_folder_of_another_run_is_refused(folder, monkeypatch):
     monkeypatch.setattr(driver, "init_state", lambda *args: pytest.fail("it began anew"))
     run, config = folder / "sft", make_config("sft", folder)
@@ -167,6 +175,9 @@ def test_tokens_and_seconds_are_of_the_whole_run_whichever_process_made_them(fol
     assert (summary.step, summary.tokens) == (24, finished.tokens)
     assert summary.seconds > 0
     assert again == summary
+    seconds = [record["seconds"] for record in read_metrics(tmp_path)]
+    assert 0 < seconds[0] < seconds[1] < seconds[-1] <= summary.seconds
+    assert seconds == sorted(seconds)
 
 
 def test_sigterm_ends_a_run_after_its_step_and_is_then_what_it_was(folder, tmp_path):
@@ -196,10 +207,34 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(folder, tmp_p
 
     monkeypatch.setattr(driver, "init_state", poisoned)
     config = make_config("sft", folder, init_from="", log_every=100, checkpoint_every=3)
-    with pytest.raises(FloatingPointError, match="is not finite at step 3") as error:
+    with pytest.raises(FloatingPointError, match="is not finite at step 1 ") as error:
         train(config, tmp_path)
     assert "gradients that are not: embed, final_norm, layers. Lower Opt" in str(error.value)
     assert list(checkpoint_dir(tmp_path).iterdir()) == []
+
+
+def test_the_parameters_are_named_that_went_first_however_late_it_is_seen(
+    folder, tmp_path, monkeypatch
+):
+    make = driver.make_train_step
+
+    def make_spoiled(*args: object, **options: object):
+        train_step = make(*args, **options)
+
+        def spoiled(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+            state, measured = train_step(state, batch)
+            if state.step >= 2:
+                gone = [n for n in measured if "nonfinite/" in n and (state.step > 2 or "emb" in n)]
+                measured |= {"grad_norm": np.nan} | dict.fromkeys(gone, 1.0)
+            return state, measured
+
+        return spoiled
+
+    monkeypatch.setattr(driver, "make_train_step", make_spoiled)
+    config = make_config("sft", folder, init_from="", log_every=100, checkpoint_every=100)
+    with pytest.raises(FloatingPointError, match="is not finite at step 2 ") as error:
+        train(dataclasses.replace(config, num_steps=4), tmp_path)
+    assert "gradients that are not: embed. Lower" in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------- RL

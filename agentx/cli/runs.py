@@ -50,7 +50,7 @@ def prepare_run(config: Any, folder: Path) -> str:
         if changes:
             raise ValueError(
                 f"{file} is of another config, which has {changes[0][2:]!r}: "
-                "give another --run folder, or delete this one to start over"
+                "give another folder, or delete this one to start over"
             )
     save_config(config, file)
     return text
