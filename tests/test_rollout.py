@@ -6,6 +6,7 @@ whose turns are mostly malformed, that ids, log-probabilities and draws are what
 
 import dataclasses
 import functools
+import math
 import time
 
 import jax
@@ -255,6 +256,65 @@ def test_an_observation_that_cannot_be_rendered_is_a_fault_of_the_environment(re
     group, _ = play([say("a")], makes(Odd(), EchoEnv()), group_size=2)
     assert group[0].failure.startswith("env.step gave what cannot be rendered: ")
     assert group[1].failure == ""
+
+
+def test_an_environment_may_raise_a_timeout_of_its_own():
+    class Impatient(EchoEnv):
+        async def step(self, message):
+            raise TimeoutError("the shell said nothing")
+
+    (episode,), _ = play([say("a")], Impatient)
+    assert episode.failure == "env.step raised TimeoutError: the shell said nothing"
+
+
+def test_an_environment_that_returns_nothing_has_failed():
+    class Silent(EchoEnv):
+        async def step(self, message):
+            return None
+
+    class Empty(EchoEnv):
+        async def reset(self, task):
+            return None
+
+    group, _ = play([say("a")], makes(Silent(), Empty()), group_size=2)
+    assert [e.failure for e in group] == [
+        "env.step returned nothing",
+        "env.reset returned nothing",
+    ]
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_a_reward_that_is_no_number_is_a_fault_of_the_environment(reward):
+    class Dizzy(EchoEnv):
+        async def step(self, message):
+            return Observation((), reward, done=True)
+
+    (episode,), _ = play([ANSWER], Dizzy)
+    assert (episode.failure, episode.reward) == (f"env.step gave a reward of {reward}", 0.0)
+    assert episode.trajectory.spans[-1].outcome is Outcome.FAILED
+
+
+def test_a_prompt_that_cannot_be_rendered_costs_its_own_group():
+    class Odd(EchoEnv):
+        async def reset(self, task):
+            return [Message("user", "\ud800")]
+
+    group, engine = play([ANSWER], makes(Odd(), EchoEnv(crash_at=0), Odd()), group_size=3)
+    assert [e.failure.partition(": ")[0] for e in group] == [
+        "env.reset gave what cannot be rendered",
+        "env.reset raised RuntimeError",
+        "env.reset gave what cannot be rendered",
+    ]
+    assert engine.prompts == []
+
+
+def test_a_prompt_that_fills_the_context_costs_its_own_group():
+    length = len(prompt_ids())
+    group, engine = play([ANSWER], group_size=2, max_length=length)
+    fault = f"the prompt has {length} tokens, which fills the context of {length}"
+    assert [(e.failure, len(e.trajectory)) for e in group] == [(fault, 0)] * 2
+    assert engine.prompts == []
+    assert trainable([group])[1]["episodes_crashed"] == 2
 
 
 def test_episodes_of_a_task_must_begin_with_the_same_prompt():

@@ -49,6 +49,8 @@ def sample_text(
         task = Task(id="prompt", prompt=prompt, answer="")
         limits = RolloutLimits(max_new_tokens=max_tokens)
         [[episode]] = run_groups(engine, task_set.env, [task], renderer, limits, group_size=1)
+        if not len(episode.trajectory):
+            raise ValueError(episode.failure)
         return policy.tokenizer.decode([int(i) for i in episode.trajectory.ids])
     if raw:
         ids = [policy.tokenizer.special["<|bos|>"], *policy.tokenizer.encode(prompt)]
