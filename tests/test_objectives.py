@@ -298,6 +298,10 @@ def test_a_mixture_within_a_mixture_is_refused_where_both_draw():
     inner = Mixture((NextToken(), PlainText()), (0.5, 0.5))
     with pytest.raises(ValueError, match="put all objectives into one, their shares multiplied"):
         Mixture((inner, NextToken()), (0.5, 0.5))
+    around = TraceAugment("store", 0.5, base=ToolRename("tokenizer", base=inner))
+    with pytest.raises(ValueError, match="put all objectives into one, their shares multiplied"):
+        Mixture((NextToken(), around), (0.5, 0.5))
+    assert Mixture((NextToken(), around), (0.0, 1.0)).objectives[1] is around
     inner = Mixture((PlainText(), NextToken()), (0.5, 0.5))
     outer = Mixture((inner, PlainText()), (1.0, 0.0))  # this one has nothing to draw
     assert all(
