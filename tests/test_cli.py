@@ -371,7 +371,7 @@ def test_train_prints_the_resolved_config_and_a_run_repeats_from_it_alone(
 
 def test_what_to_type_next_is_quoted(trained, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("agentx.train.train", lambda *_: RunSummary(1, 9, 0.1, interrupted=True))
-    command = trained.train("--gin.TrainConfig.num_steps = 3", run=tmp_path / "my run")
+    command = trained.train("--gin.TrainConfig.seed= 3", run=tmp_path / "my run")
     monkeypatch.setattr("sys.argv", ["agentx", *command])
     assert main() == 0
     said = capsys.readouterr().out.splitlines()[-1]
