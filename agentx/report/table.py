@@ -33,15 +33,16 @@ def print_stage_table(
         scores = stage.get("scores") or {}
         table.add_row(
             stage["name"],
-            _cell(stage.get("seconds"), format_seconds),
-            _cell(stage.get("steps"), "{:,}".format),
-            _cell(stage.get("tokens_per_s"), format_count),
+            cell(stage.get("seconds"), format_seconds),
+            cell(stage.get("steps"), "{:,}".format),
+            cell(stage.get("tokens_per_s"), format_count),
             *(_score_cell(name, scores.get(name)) for name in score_names),
         )
     (console or rich.console.Console()).print(table)
 
 
-def _cell(value: Any, form: Any) -> str:
+def cell(value: Any, form: Any) -> str:
+    """What is known of a value, "" of one that is not."""
     return "" if value is None else form(value)
 
 
