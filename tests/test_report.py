@@ -245,6 +245,24 @@ def test_a_score_without_episodes_is_left_out(tmp_path):
     assert "Recovery" not in text
 
 
+def test_episodes_that_were_cut_short_are_told_where_there_are_any(tmp_path):
+    def shown(**counts):
+        results = {"stages": [stage("sft", 1.0, 1, 1) | counts, stage("grpo", 2.0, 1, 1)]}
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        console = rich.console.Console(file=io.StringIO(), width=80)
+        print_stage_table(results, console)
+        return Page(write_report(tmp_path)).text, " ".join(console.file.getvalue().split())
+
+    page, table = shown(episodes_truncated=1200, episodes_crashed=1)
+    assert "Episodes cut short" in page
+    assert "1,200 ran out of context, 1 crashed" in page
+    assert "sft: of its episodes 1,200 ran out of context, 1 crashed" in table
+    assert "grpo: of" not in table
+    page, table = shown(episodes_truncated=0, episodes_crashed=0)
+    assert "cut short" not in page
+    assert "of its episodes" not in table
+
+
 def test_run_report_draws_the_curves_of_one_run(tmp_path):
     with metrics.MetricsWriter(tmp_path / "my_run") as writer:
         for step in range(1, 11):

@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import math
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 from fakes import EchoEnv, EchoTasks, ScriptedEngine, say
 from flax import nnx
 
+from agentx.cli import play as cli
 from agentx.cli.rollouts import episode_conversations
 from agentx.data.formats import (
     ReadCounts,
@@ -494,6 +497,20 @@ def test_evaluation_plays_every_task_at_most_once_in_a_seeded_order():
         run(1, 11)
     with pytest.raises(ValueError, match=r"seed is -1; it must be in \[0, 2\^31\)"):
         run(-1)
+
+
+def test_the_command_says_how_many_episodes_were_cut_short(monkeypatch):
+    def last_line(max_length: int) -> str:
+        fake = ScriptedEngine([say("a" * 10), ANSWER], max_length)
+        monkeypatch.setattr(cli, "_engine", lambda *_, **__: fake)
+        return cli.evaluate_suite(Path(), "echo", num_episodes=10, seed=0).splitlines()[-1]
+
+    monkeypatch.setattr(cli, "load_run", lambda _: SimpleNamespace(tokenizer=BYTES))
+    monkeypatch.setitem(cli.SUITES, "echo", EchoTasks())
+    length = len(prompt_ids())
+    assert last_line(length + 28) == "Of 10 episodes 10 ran out of context: no success"
+    assert last_line(length) == "Of 10 episodes 10 crashed: no success"
+    assert last_line(1000).startswith("loop")
 
 
 def test_a_result_counts_the_calls_and_a_crash_is_no_success():

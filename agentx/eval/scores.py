@@ -155,6 +155,12 @@ def score_episodes(episodes: Sequence[EpisodeResult]) -> dict[str, Score]:
     return {score.name: score for score in scores}
 
 
+def cut_short(num_truncated: int, num_crashed: int) -> str:
+    """What kept episodes from their end, in words; "" where nothing did."""
+    counts = {"ran out of context": num_truncated, "crashed": num_crashed}
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+
+
 def paired_difference(
     before: Sequence[EpisodeResult],
     after: Sequence[EpisodeResult],

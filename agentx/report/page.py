@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from agentx import metrics
 from agentx.eval.scores import Difference, Score, unpaired_difference
-from agentx.report import charts, palette, tokens
+from agentx.report import charts, palette, table, tokens
 
 # name -> (label, what it is a share of)
 SCORES = {
@@ -94,6 +94,7 @@ def _write(
         "report.html.jinja",
         results=results,
         stages=results["stages"],
+        cut_short=table.stages_cut_short(results),
         totals=_totals(results["stages"]),
         headline=_headline(results),
         panels=_score_panels(results["stages"]),
