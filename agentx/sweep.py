@@ -38,7 +38,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from agentx.checkpoint import read_extras
 from agentx.cli.config import find_config, load_config
 from agentx.cli.runs import load_run, prepare_run
 from agentx.env.tasks.recordings import RecordingConfig
@@ -49,7 +48,7 @@ from agentx.quickstart import describe_machine, record_data, write_json
 from agentx.render import ToolRenderer
 from agentx.report.sweep import plot_sweep, sweep_markdown
 from agentx.sample.engine import Engine
-from agentx.train import TrainConfig, checkpoint_dir, until_sigterm
+from agentx.train import TrainConfig, newest_saved, until_sigterm
 
 # What a name of an arm or a point may be made of, for it is a folder's too.
 _NAME = re.compile(r"[\w+=.,-]+")
@@ -377,7 +376,7 @@ class _Sweep:
             return _record_of(run, f"took over {self._config.timeout_s:g} s")
         if error := process.error():
             return _record_of(run, error)
-        step, extras = read_extras(checkpoint_dir(folder))
+        _, step, extras = newest_saved(folder)
         if step < wanted:
             return _record_of(run, f"was told to stop at step {step}")
         logged = read_metrics(folder)

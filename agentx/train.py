@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from agentx.checkpoint import CheckpointStore, read_extras, restore_params
+from agentx.checkpoint import CheckpointStore, Saved, newest_checkpoint, restore_params
 from agentx.losses import NextTokenLoss, PolicyGradientLoss
 from agentx.metrics import MetricsWriter, Progress
 from agentx.model.config import ModelConfig
@@ -148,7 +148,8 @@ def train(
         else:
             params = None
             if config.init_from:
-                params = load_params(Path(config.init_from), model, mesh, tokenizer)
+                saved = newest_saved(Path(config.init_from))
+                params = load_params(saved, model, mesh, tokenizer)
             state = init_state(model, optimizer, mesh, jax.random.key(config.seed))
             state = state if params is None else state._replace(params=params)
             before = {"tokens": 0, "seconds": 0.0}
@@ -198,16 +199,23 @@ def train(
     return RunSummary(step, tokens, seconds, step < config.num_steps)
 
 
-def load_params(run_dir: Path, model: Any, mesh: Any, tokenizer: Tokenizer | None) -> nnx.State:
-    """The parameters of a run's newest complete checkpoint, sharded for `mesh`.
+def newest_saved(run_dir: Path) -> Saved:
+    """A run's newest complete checkpoint; its extras have "model" and "tokenizer".
 
-    Raises ValueError where there is none, or where it was trained with another tokenizer.
+    Raises ValueError where there is none.
     """
-    folder = checkpoint_dir(run_dir)
-    if not folder.is_dir():
+    if not checkpoint_dir(run_dir).is_dir():
         raise ValueError(f"{run_dir} is no run: it has no checkpoints folder")
-    _, extras = read_extras(folder)
-    if tokenizer is not None and extras["tokenizer"] != tokenizer.fingerprint:
+    return newest_checkpoint(checkpoint_dir(run_dir))
+
+
+def load_params(saved: Saved, model: Any, mesh: Any, tokenizer: Tokenizer) -> nnx.State:
+    """The parameters of a run's checkpoint, sharded for `mesh`.
+
+    Raises ValueError where it was trained with another tokenizer, or is of another model.
+    """
+    if saved.extras["tokenizer"] != tokenizer.fingerprint:
+        run_dir = saved.folder.parent.parent
         raise ValueError(
             f"{run_dir} was trained with another tokenizer: use {run_dir / 'tokenizer.model'}"
         )
@@ -216,14 +224,7 @@ def load_params(run_dir: Path, model: Any, mesh: Any, tokenizer: Tokenizer | Non
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings
     )
-    return restore_params(folder, abstract).state
-
-
-def model_config_of(run_dir: Path) -> ModelConfig:
-    """The config of the model that a run trained."""
-    if not checkpoint_dir(run_dir).is_dir():
-        raise ValueError(f"{run_dir} is no run: it has no checkpoints folder")
-    return ModelConfig(**read_extras(checkpoint_dir(run_dir))[1]["model"])
+    return restore_params(saved, abstract)
 
 
 def _check_same_run(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:

@@ -12,8 +12,10 @@ import optax
 import pytest
 from runs import BYTES, MODEL, make_config, params_of, write_inputs
 
+from agentx import checkpoint
 from agentx import train as driver
 from agentx.batch import Batch
+from agentx.cli.runs import load_run
 from agentx.interop.huggingface import flatten_params
 from agentx.losses import PolicyGradientLoss
 from agentx.metrics import read_metrics
@@ -23,7 +25,7 @@ from agentx.sharding import MeshConfig, make_mesh
 from agentx.source import SourceBatch, SourceContext
 from agentx.step import TrainState, make_train_step
 from agentx.tokenizer import Tokenizer
-from agentx.train import TrainConfig, checkpoint_dir, load_params, train
+from agentx.train import TrainConfig, checkpoint_dir, load_params, newest_saved, train
 from agentx.trajectory import Origin
 
 
@@ -128,7 +130,14 @@ def test_a_run_to_begin_with_must_have_the_same_model_and_tokenizer(folder, tmp_
     other = Tokenizer.train(["to be or not to be " * 40], 290)
     mesh = make_mesh(MeshConfig())
     with pytest.raises(ValueError, match="was trained with another tokenizer"):
-        load_params(folder / "sft", abstract_transformer(MODEL), mesh, other)
+        load_params(newest_saved(folder / "sft"), abstract_transformer(MODEL), mesh, other)
+
+
+def test_a_policy_is_loaded_from_one_checkpoint_that_is_read_through_once(folder, monkeypatch):
+    checked, checksums = [], checkpoint._checksums
+    monkeypatch.setattr(checkpoint, "_checksums", lambda f: checked.append(f.name) or checksums(f))
+    load_run(folder / "sft")
+    assert checked == ["step_00000024"]
 
 
 # ----------------------------------------------------------------------------- what it leaves
@@ -273,7 +282,9 @@ def make_rollouts(folder: Path, *, tree: bool) -> SourceBatch:
     mesh = make_mesh(config.mesh)
     source = dataclasses.replace(config.source, tree=tree)
     opened = source.open(SourceContext(BYTES, MODEL, mesh, seed=3, first_step=0, num_steps=9))
-    return opened.batch(0, load_params(folder / "sft", abstract_transformer(MODEL), mesh, BYTES))
+    return opened.batch(
+        0, load_params(newest_saved(folder / "sft"), abstract_transformer(MODEL), mesh, BYTES)
+    )
 
 
 def step_and_gradients(folder: Path, batch: Batch) -> tuple[dict, dict]:
@@ -282,7 +293,7 @@ def step_and_gradients(folder: Path, batch: Batch) -> tuple[dict, dict]:
     plain = Optimizer(optax.sgd(1.0), lambda step: jnp.float32(1))
     train_step = make_train_step(model, PolicyGradientLoss(importance_cap=2.0), plain, mesh)
     before = params_of(folder / "sft")
-    params = load_params(folder / "sft", model, mesh, BYTES)
+    params = load_params(newest_saved(folder / "sft"), model, mesh, BYTES)
     state, metrics = train_step(
         TrainState(jnp.int32(0), params, plain.transform.init(params)), batch
     )
