@@ -100,10 +100,13 @@ class Evaluation:
     @classmethod
     def load(cls, path: Path) -> Evaluation:
         fields = json.loads(path.read_text(encoding="utf-8"))
+        # Older files have more fields, which nothing reads.
+        known = {field.name for field in dataclasses.fields(EpisodeResult)}
         for name in ("held_out", "new_tool"):
+            for episode in fields[name]:
+                episode["calls"] = tuple(map(tuple, episode["calls"]))
             fields[name] = [
-                EpisodeResult(**episode | {"calls": tuple(map(tuple, episode["calls"]))})
-                for episode in fields[name]
+                EpisodeResult(**{key: e[key] for key in e if key in known}) for e in fields[name]
             ]
         return cls(**fields)
 

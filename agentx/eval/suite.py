@@ -29,8 +29,6 @@ def result_of(episode: Episode) -> EpisodeResult:
         num_valid_calls=sum(c.valid for c in episode.calls),
         num_failed_calls=sum(c.failed for c in episode.calls),
         calls=tuple((c.name, json.dumps(c.arguments), c.observation) for c in episode.calls),
-        reward=episode.reward,
-        kind=episode.task.kind,
     )
 
 
