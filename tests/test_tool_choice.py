@@ -1,6 +1,5 @@
 """Which tool a call calls: its weight where names part, and tools that others were offered."""
 
-import dataclasses
 import re
 
 import numpy as np
