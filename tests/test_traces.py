@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from rows import WORDS, assert_shown_in, span, table
+from rows import assert_shown_in, span, table, words
 
 from agentx.data.objectives import FillInTheMiddle, InfillPlan, NextToken, PlainText, TraceAugment
 from agentx.data.pack import pack_rows
@@ -22,10 +22,6 @@ def traced():
         ],
         reward=math.nan,
     )
-
-
-def words(example):
-    return " ".join(WORDS[i] for i in example.ids)
 
 
 AFTER = "<|bos|> import os <|thought|> go <|end|>"
