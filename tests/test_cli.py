@@ -243,7 +243,10 @@ def test_malformed_jsonl_is_named_with_its_line(sentence, tmp_path, tokenizer_fi
 
 def test_an_empty_data_set_is_named(sentence, tmp_path, tokenizer_file):
     message = build(sentence, tmp_path, tokenizer_file, "")
-    assert message == "data.jsonl holds no document: the data set is empty"
+    assert message == (
+        "data.jsonl holds no document: the data set is empty: "
+        "1 records read = 0 kept + 1 skipped (1 empty file)"
+    )
 
 
 def test_a_store_is_built_and_shown(capsys, tmp_path, tokenizer_file):
