@@ -34,7 +34,8 @@ from agentx.cli.config import load_config
 from agentx.cli.records import document_records, ending_records, rollout_records
 from agentx.cli.runs import load_run, prepare_run
 from agentx.data.build import trajectory_of
-from agentx.data.formats import read_conversations, read_documents, read_text_jsonl
+from agentx.data.curate import text_of
+from agentx.data.formats import Conversation, read_documents
 from agentx.data.store import TokenStore
 from agentx.env.tasks.library import LibraryTasks
 from agentx.env.tasks.recordings import RecordingConfig, record
@@ -247,13 +248,14 @@ def record_data(
 
 def _tokenizer_texts(data: Path) -> Iterator[str]:
     """Text, and the fields of the conversations each by itself, as they will be encoded."""
-    for number, document in enumerate(read_text_jsonl(data / "text.jsonl")):
+    for number, document in enumerate(read_documents(data / "text.jsonl", field="text")):
         if number % 4 == 0:
-            yield document.text
-    for number, conversation in enumerate(read_conversations(data / "sessions.jsonl")):
+            yield text_of(document)
+    for number, document in enumerate(read_documents(data / "sessions.jsonl")):
         if number % 8 == 0:
-            yield tool_list(conversation.tools)
-            for message in conversation.messages:
+            assert isinstance(document, Conversation)
+            yield tool_list(document.tools)
+            for message in document.messages:
                 yield message.content
                 for call in message.tool_calls:
                     yield from (str(value) for value in call.arguments.values())

@@ -78,10 +78,10 @@ OUR_MARKERS = Markers()
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One parameter of a tool. `type` is a JSON-schema type name."""
+    """One parameter of a tool. `type` is a JSON-schema type name, or "any": several, or unknown."""
 
     name: str
-    type: Literal["string", "integer", "number", "boolean", "object", "array"] = "string"
+    type: Literal["string", "integer", "number", "boolean", "object", "array", "any"] = "string"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agentx.data.formats import TextDocument, read_text_jsonl, text_trajectory
+from agentx.data import formats
+from agentx.data.formats import TextDocument, text_trajectory
 from agentx.data.parallel import encode_parallel
 from agentx.interop.tokenizer_json import to_tokenizers
 from agentx.tokenizer import Tokenizer
@@ -35,7 +36,8 @@ def read_documents(data: Path) -> dict[str, list[TextDocument]]:
     files = sorted((data / "text").rglob("*.txt"))
     texts = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
     long = [texts[i : i + _LONG] for i in range(0, len(texts), _LONG)]
-    short = list(read_text_jsonl(data / "gsm8k" / "train.jsonl", "question"))[:_SHORT]
+    read = formats.read_documents(data / "gsm8k" / "train.jsonl", field="question")
+    short = [document for document in read if isinstance(document, TextDocument)][:_SHORT]
     return {"short": short, "long": [TextDocument(f"text {i}", t) for i, t in enumerate(long)]}
 
 

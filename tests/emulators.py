@@ -10,7 +10,7 @@ import http
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 BUCKET = "agentx-test"
@@ -53,6 +53,7 @@ def gs_emulator() -> Iterator[Any]:
         with _variables(
             STORAGE_EMULATOR_HOST=f"http://127.0.0.1:{port}",
             GOOGLE_AUTH_TOKEN_FOR_TESTING="test",  # TensorStore would look for credentials
+            TENSORSTORE_GCS_HTTP_URL=f"http://127.0.0.1:{port}",  # Storage would set it for good
         ):
             yield server
     finally:
@@ -83,14 +84,20 @@ def _complete() -> None:
         response["x-goog-generation"] = generation(storage, *names)
         plain["download"](request, response, storage, *rest, **more)
 
-    def insert(request: Any, response: Any, storage: Any, *rest: Any, **more: Any) -> None:
-        wanted = request.query.get("ifGenerationMatch")
-        if wanted:
-            name = request.query["name"][0]
-            if generation(storage, request.params["bucket_name"], name) != wanted[0]:
-                response.status = http.HTTPStatus.PRECONDITION_FAILED
-                return
-        plain["insert"](request, response, storage, *rest, **more)
+    def held_to(change: str) -> Callable[..., None]:
+        """A change of an object that is made only where it has the generation asked for."""
+
+        def changed(request: Any, response: Any, storage: Any, *rest: Any, **more: Any) -> None:
+            wanted = request.query.get("ifGenerationMatch")
+            if wanted:
+                key = request.params.get("object_id") or request.query["name"][0]
+                if generation(storage, request.params["bucket_name"], key) != wanted[0]:
+                    response.status = http.HTTPStatus.PRECONDITION_FAILED
+                    return
+            plain[change](request, response, storage, *rest, **more)
+
+        changed.__name__ = change
+        return changed
 
     def ls(request: Any, response: Any, storage: Any, *rest: Any, **more: Any) -> None:
         plain["ls"](request, response, storage, *rest, **more)
@@ -100,8 +107,8 @@ def _complete() -> None:
         found["items"] = [o for o in found.get("items", ()) if first <= o["name"] < last]
         response.json(found)
 
-    plain = {name: getattr(objects, name) for name in ("download", "insert", "ls")}
-    for told in (download, insert, ls):
+    plain = {name: getattr(objects, name) for name in ("download", "insert", "delete", "ls")}
+    for told in (download, held_to("insert"), held_to("delete"), ls):
         setattr(objects, told.__name__, told)  # `get` asks for it by its name
         for _, handlers in server.HANDLERS:
             for method, handler in handlers.items():

@@ -1,12 +1,12 @@
 """A store from a run file: filters, duplicates, several sources; stopped, resumed, refused."""
 
+import dataclasses
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,8 @@ from agentx.cli.config import load_config
 from agentx.cli.main import main
 from agentx.cli.registry import REGISTRY
 from agentx.data.build import BeamConfig, BuildConfig, Input, build, describe
-from agentx.data.curate import Deduplicate, Length, MinReward
-from agentx.data.store import TokenStore
+from agentx.data.curate import Decontaminate, Deduplicate, Length, MinReward
+from agentx.data.store import StoreWriter, TokenStore
 from agentx.tokenizer import Tokenizer
 
 # The tool format has no place for an argument that is given after one that is not.
@@ -97,6 +97,16 @@ def test_what_is_read_is_kept_skipped_or_filtered_and_the_totals_add_up(inputs):
     assert twice["evidence"][0].endswith("texts.jsonl:4")
 
 
+def test_the_notes_say_how_many_evaluation_items_were_sought(inputs):
+    items = ["Text number 3: 9 words. 9 words. 9 words.", "two words", "or three words"]
+    (inputs / "test.jsonl").write_text("\n".join(json.dumps({"q": item}) for item in items))
+    filters = (Decontaminate((str(inputs / "test.jsonl"),), ("q",)),)
+    notes = build(config(inputs, filters=filters)).manifest["notes"]
+    assert notes["filtered"]["Decontaminate: contaminated"] == 2
+    assert notes["evaluation"] == {"sought": 1, "too short": 2}
+    assert describe(notes).endswith("(1 evaluation items sought, 2 evaluation items too short)")
+
+
 @pytest.mark.parametrize("stop_after", [1, 17, 40, 58])
 def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(inputs, stop_after):
     class Stopped(Exception):
@@ -136,6 +146,31 @@ def test_what_cannot_be_told_is_counted_once_though_the_build_was_stopped(inputs
         build(config(inputs, "raised"))
 
 
+def test_why_a_conversation_cannot_be_told_is_written_down(inputs):
+    (inputs / "hole.jsonl").write_text(json.dumps(HOLE))
+    given = (Input(str(inputs / "hole.jsonl")), *config(inputs).inputs)
+    build(config(inputs, inputs=given, on_error="skip"))
+    line = (inputs / "store" / "taken" / "00000.jsonl").read_text().splitlines()[0]
+    told = json.loads(line)
+    assert told.pop("evidence")[0].startswith(
+        "call of f leaves out 'a' but gives a later argument;"
+    )
+    assert told == {
+        "name": f"{inputs}/hole.jsonl:1",
+        "filter": "renderer",
+        "reason": "not in the tool format",
+    }
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_renderer_that_cannot_be_loaded_ends_the_build_at_once(inputs, num_processes):
+    skipping = {"on_error": "skip", "num_processes": num_processes}
+    with pytest.raises(ValueError, match="tokenizer") as caught:
+        build(config(inputs, renderer="qwen3", **skipping))
+    assert "runs.jsonl" not in str(caught.value)
+    assert not list((inputs / "store").glob("*"))
+
+
 def test_several_processes_write_the_same_bytes(inputs):
     build(config(inputs, "one"))
     build(config(inputs, "two", num_processes=2))
@@ -150,12 +185,25 @@ def test_beam_writes_the_same_bytes(inputs):
     here = config(inputs, "local", on_error="skip")
     build(here)
     there = config(inputs, "beam", on_error="skip", beam=BeamConfig())
-    store = build_on_beam(there)
+    store = build(there)
     assert files(inputs / "beam") == files(inputs / "local")
     assert store.manifest["notes"]["skipped"] == {"no JSON": 1, "not in the tool format": 1}
     assert len(build_on_beam(there)) == len(store)
     with pytest.raises(ValueError, match=r"runs\.jsonl:4\d: .* \[while running"):
         build_on_beam(config(inputs, "raised", beam=BeamConfig()))
+
+
+def test_what_a_beam_build_left_when_it_failed_is_not_in_the_store(inputs):
+    text = (Input(str(inputs / "texts.jsonl"), field="text"),)
+    few = {"inputs": text, "filters": (), "deduplicate": None, "shard_tokens": 1 << 20}
+    build(config(inputs, "here", **few))
+    (inputs / "beam" / "entries").mkdir(parents=True)
+    entry = {"name": "shard-00007-0123456789ab", "trajectories": 1, "spans": 1, "tokens": 1}
+    (inputs / "beam" / "entries" / "00007.json").write_text(
+        json.dumps({**entry, "files": {"ids/c/0": {"bytes": 1, "sha256": ""}}, "note": None})
+    )
+    build(config(inputs, "beam", beam=BeamConfig(), **few))
+    assert files(inputs / "beam") == files(inputs / "here")
 
 
 def test_a_changed_input_or_config_is_refused_with_what_changed(inputs):
@@ -171,6 +219,13 @@ def test_a_changed_input_or_config_is_refused_with_what_changed(inputs):
         build(config(inputs))
 
 
+def test_a_tokenizer_that_has_changed_is_read_again(inputs):
+    build(config(inputs))
+    Tokenizer.train(["a b c d e f g"] * 9, 290).save(inputs / "tokenizer.model")
+    with pytest.raises(ValueError, match="was begun with another tokenizer fingerprint"):
+        build(config(inputs))
+
+
 def test_files_of_one_name_in_two_folders_are_told_apart(inputs):
     paths = []
     for folder in ("a", "b"):
@@ -182,6 +237,32 @@ def test_files_of_one_name_in_two_folders_are_told_apart(inputs):
     paths[0].write_text("another text, of which nobody spoke before")
     with pytest.raises(ValueError, match=r"other inputs: .*/a/same\.txt is changed"):
         build(config(inputs, **both))
+
+
+def test_evaluation_sets_of_one_name_are_told_apart(inputs):
+    paths = [inputs / folder / "a" / "test.jsonl" for folder in ("x", "y")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"text": f"a question of {path.parent} that nobody asks"}))
+    filters = {
+        "filters": (Decontaminate(tuple(map(str, paths)), fields=("text",), n=5, min_words=3),)
+    }
+    build(config(inputs, **filters))
+    paths[0].write_text(json.dumps({"text": "another question that nobody asks at all"}))
+    with pytest.raises(ValueError, match=r"other inputs: .*/x/a/test\.jsonl is changed"):
+        build(config(inputs, **filters))
+
+
+def test_inputs_that_change_places_are_another_build(inputs):
+    (inputs / "more.jsonl").write_text(json.dumps({"text": "a text " * 20}))
+    names, paths = ("a", "b"), [str(inputs / name) for name in ("texts.jsonl", "more.jsonl")]
+    first, second = (
+        {"inputs": tuple(Input(p, name=n, field="text") for p, n in zip(order, names, strict=True))}
+        for order in (paths, paths[::-1])
+    )
+    build(config(inputs, **first))
+    with pytest.raises(ValueError, match="was begun with another way of reading"):
+        build(config(inputs, **second))
 
 
 def test_a_run_file_says_it_all(inputs, capsys):
@@ -222,37 +303,38 @@ def test_the_run_file_for_agents_holds_and_the_docs_name_what_a_run_file_may():
     assert named <= set(REGISTRY)
 
 
-def test_a_killed_build_leaves_its_complete_shards_and_a_second_builder_is_refused(inputs):
-    # 4,000 documents, each a shard of its own: slow enough to be killed in the middle.
-    lines = [json.dumps({"text": f"{n} " * 20}) for n in range(4000)]
-    (inputs / "many.jsonl").write_text("\n".join(lines))
-    run_file = inputs / "many.gin"
+def test_a_second_builder_is_refused(inputs, capsys):
+    run_file = inputs / "build.gin"
     run_file.write_text(
         f"""
 BuildConfig.inputs = (@Input(),)
 BuildConfig.tokenizer = "{inputs}/tokenizer.model"
-BuildConfig.out = "{inputs}/many"
-BuildConfig.shard_tokens = 1
-Input.path = "{inputs}/many.jsonl"
-Input.field = "text"
+BuildConfig.out = "{inputs}/store"
+Input.path = "{inputs}/runs.jsonl"
 """
     )
-    code = "import sys; from agentx.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "data", "build", str(run_file)]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while len(list((inputs / "many").glob("shard-*"))) < 20 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert second.returncode == 2
-        assert f"is being written by process {first.pid}: wait for it" in second.stderr
-        os.kill(first.pid, signal.SIGKILL)
-    finally:
-        first.kill()
-        first.wait(timeout=30)
-    partial = TokenStore.open(inputs / "many", partial=True)
-    partial.verify()
-    assert 18 <= len(partial) < 4000
+    with StoreWriter(inputs / "store", "tok", made_from={}):
+        assert main(["data", "build", str(run_file)]) == 2
+    assert f"is being written by process {os.getpid()}: wait for it" in capsys.readouterr().err
+
+
+def test_a_killed_build_leaves_its_complete_shards_and_goes_on_behind_them(inputs):
+    given = config(inputs, shard_tokens=1, deduplicate=None)
+    code = f"""
+import os, signal
+from agentx.data.build import *
+from agentx.data.curate import *
+build({given!r}, lambda seen, tokens: seen >= 30 and os.kill(os.getpid(), signal.SIGKILL))
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
     with pytest.raises(ValueError, match="is not complete"):
-        TokenStore.open(inputs / "many")
+        TokenStore.open(inputs / "store")
+    partial = TokenStore.open(inputs / "store", partial=True)
+    partial.verify()
+    assert len(partial) > 10
+    written = []
+    build(given, lambda seen, tokens: written.append(seen))
+    assert written[0] == 30
+    build(dataclasses.replace(given, out=str(inputs / "whole")))
+    assert files(inputs / "store") == files(inputs / "whole")

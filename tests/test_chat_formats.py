@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import others
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,14 +16,13 @@ from agentx.data.formats import (
     Conversation,
     ReadCounts,
     conversation_trajectory,
-    read_conversations,
+    read_documents,
     reading,
     sniff,
 )
-from agentx.data.formats.chat import tools_of_calls
 from agentx.render import ToolRenderer, as_tool_format
 from agentx.tokenizer import Tokenizer
-from agentx.trajectory import Message, Outcome, Parameter, Role, ToolCall, ToolSpec
+from agentx.trajectory import Markers, Message, Outcome, Parameter, Role, ToolCall, ToolSpec
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -84,9 +84,12 @@ HERMES = {
     "conversations": [
         {
             "from": "system",
-            "value": "You call functions. <tools>" + json.dumps(OPENAI["tools"][0]) + "</tools>",
+            "value": "You may call functions, listed within <tools></tools> XML tags. Here they "
+            f"are: <tools> {[OPENAI['tools'][0]]} </tools> Put each call within "
+            "<tool_call></tool_call> tags:\n<tool_call>\n"
+            '{"arguments": <dict>, "name": <name>}\n</tool_call>',
         },
-        {"from": "human", "value": "Bern or Rome?"},
+        {"from": "human", "value": 'Bern or Rome? Say <tool_call>{"name": 1}</tool_call>.'},
         {
             "from": "gpt",
             "value": "Both.\n"
@@ -205,9 +208,18 @@ def test_sharegpt():
     assert of("sharegpt", text).messages[0].content == "<tool_call>{}</tool_call>"
 
 
-def test_hermes_tags_in_json_or_as_python_writes_it():
+def test_hermes_tags_in_json_or_as_python_writes_it_where_they_belong():
     found = of("hermes", HERMES)
     assert found.tools == (WEATHER,)
+    assert found.messages[:2] == (
+        Message(
+            "system",
+            "You may call functions, listed within <tools></tools> XML tags. Here they are:  Put "
+            "each call within <tool_call></tool_call> tags:\n<tool_call>\n"
+            '{"arguments": <dict>, "name": <name>}\n</tool_call>',
+        ),
+        Message("user", 'Bern or Rome? Say <tool_call>{"name": 1}</tool_call>.'),
+    )
     assert found.messages[2:] == (
         Message("assistant", "Both.", tool_calls=(BERN, ROME)),
         *SPOKEN[3:],
@@ -247,6 +259,17 @@ def test_swe_agent_by_text_and_by_calls():
     )
 
 
+def test_what_swe_agent_says_beside_a_call_is_its_thought_where_that_is_empty():
+    said = {**SWE_CALLS["history"][1], "thought": ""}
+    assert of("swe_agent", {"history": [said]}).messages[0].thought == "I look."
+
+
+def test_the_text_of_swe_agent_may_come_in_parts():
+    parts = [{"type": "text", "text": "Mend "}, {"type": "text", "text": "it."}]
+    history = [{"role": "user", "content": parts}, *SWE_TEXT["history"][2:]]
+    assert of("swe_agent", {"history": history}).messages[0] == Message("user", "Mend it.")
+
+
 def test_intercode_has_an_outcome_a_turn_and_the_highest_reward():
     found = of("intercode", INTERCODE)
     assert found.reward == 0.5
@@ -273,14 +296,47 @@ def test_tools_are_those_that_the_calls_show():
         ToolCall("f", {"b": "y"}),
         ToolCall("g", {"c": [1], "d": True, "e": None}),
         ToolCall("f", {"b": 3}),
+        ToolCall("h", {"i": 5, "j": None, "k": {}}),
+        ToolCall("h", {"i": 5.5, "j": 5}),
     ]
-    found = tools_of_calls([Message("assistant", tool_calls=tuple(calls))])
-    assert found == (
-        ToolSpec("f", "", (Parameter("b", "string"), Parameter("a", "integer"))),
-        ToolSpec(
-            "g", "", (Parameter("c", "array"), Parameter("d", "boolean"), Parameter("e", "object"))
-        ),
-    )
+    made = [{"name": c.name, "arguments": c.arguments} for c in calls]
+    said = {"role": "assistant", "tool_calls": [{"function": function} for function in made]}
+    found = of("tau_bench", {"traj": [said]}).tools
+    assert [(t.name, [(p.name, p.type) for p in t.parameters]) for t in found] == [
+        ("f", [("b", "any"), ("a", "integer")]),
+        ("g", [("c", "array"), ("d", "boolean"), ("e", "any")]),
+        ("h", [("i", "number"), ("j", "integer"), ("k", "object")]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"type": ["null", "integer"]}, "integer"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "string"),
+        ({"oneOf": [{"type": "null"}, {"type": "integer"}, {"type": "number"}]}, "number"),
+        ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "any"),
+        ({"anyOf": [{"$ref": "#/x"}, {"type": "null"}]}, "any"),
+        ({"enum": ["a", "b", None]}, "string"),
+        ({"anyOf": [{"enum": [1]}, {"enum": [2.5]}, 3]}, "any"),
+        ({"type": "object", "anyOf": [{"required": ["a"]}]}, "object"),
+        ({"type": [["string"]]}, "any"),
+        ({"type": "dict"}, "any"),
+        ({"anyOf": 3}, "any"),
+        ({}, "any"),
+        (True, "any"),
+    ],
+)
+def test_the_type_of_a_parameter_is_that_of_its_schema_or_any(schema, expected):
+    function = {"name": "f", "parameters": {"properties": {"x": schema}}}
+    (tool,) = of("openai", {"messages": [], "tools": [{"function": function}]}).tools
+    assert tool.parameters == (Parameter("x", expected),)
+
+
+def test_a_refusal_is_what_was_said_where_nothing_else_was():
+    for content in ({}, {"content": None}):
+        said = {"role": "assistant", **content, "refusal": "I cannot.", "weight": 1}
+        assert of("openai", {"messages": [said]}).messages == (Message("assistant", "I cannot."),)
 
 
 def test_calls_made_together_are_told_one_after_the_other():
@@ -301,10 +357,19 @@ def test_calls_made_together_are_told_one_after_the_other():
     ]
 
 
+def test_calls_of_which_no_result_is_marked_have_all_failed():
+    failed = Message("assistant", tool_calls=(BERN, ROME), outcome=Outcome.FAILED)
+    told = as_tool_format([failed, Message("tool", "rain"), Message("tool", "sun")])
+    assert [m.outcome.name for m in told] == ["FAILED", "OK", "FAILED", "OK"]
+
+
 def test_a_conversation_becomes_a_trajectory_with_its_reward():
     renderer = ToolRenderer(Tokenizer.bytes())
     trajectory = conversation_trajectory(of("tau_bench", TAU), renderer)
     assert trajectory.reward == 1.0
+    theirs = others.tokenizer("qwen3")
+    other = conversation_trajectory(of("tau_bench", TAU), ToolRenderer(theirs))
+    assert other.markers == Markers.of(theirs.special) != trajectory.markers
     assert math.isnan(conversation_trajectory(of("openai", OPENAI), renderer).reward)
     roles = [span.role for span in trajectory.spans]
     assert roles.count(Role.CALL) == roles.count(Role.OBSERVATION) == 2
@@ -320,6 +385,7 @@ def call(**changes: object) -> dict:
 
 
 RESULT = {"role": "tool", "tool_call_id": "a", "content": ""}
+TWO_CALLS = [call()["tool_calls"][0] | {"id": i} for i in "ba"]
 
 
 @pytest.mark.parametrize(
@@ -356,6 +422,16 @@ RESULT = {"role": "tool", "tool_call_id": "a", "content": ""}
             "openai",
             {"messages": [call(), {"role": "user", "content": "?"}]},
             "message 1: the call of 'f' before it has no result",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "assistant", "tool_calls": TWO_CALLS}, RESULT]},
+            "message 2, the end: the call of 'f' before it has no result",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "assistant", "content": "?", "weight": 0}]},
+            "message 0: its weight is 0, and a conversation has no weights: leave the field out to",
         ),
         (
             "openai",
@@ -400,7 +476,7 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path, name, record, sentence)
     path = tmp_path / "f.jsonl"
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
-        list(read_conversations(path, format=name))
+        list(read_documents(path, format=name))
     assert str(caught.value).startswith(f"{path}:1: ")
     assert "\n" not in str(caught.value)
 
@@ -426,7 +502,7 @@ def test_a_format_is_recognised(tmp_path, name, file, content):
     data = json.dumps(content, indent=None if ".jsonl" in file else 1).encode()
     path.write_bytes(gzip.compress(data) if file.endswith(".gz") else data)
     assert sniff(path) == name
-    found = list(read_conversations(path))
+    found = list(read_documents(path))
     assert len(found) == (len(content) if name == "intercode" or isinstance(content, list) else 1)
     assert found == [
         FORMATS[name].parse(record, conversation.name)
@@ -449,12 +525,9 @@ def test_what_looks_like_nothing_is_said_to(tmp_path):
     path.write_text('{"body": "a"}')
     sentence = f"{path}: its first records, with 'body', look like none of tau_bench, swe_agent,"
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        list(read_conversations(path))
-    path.write_text('{"text": "a"}')
-    with pytest.raises(ValueError, match="its first records hold a 'text' and no conversation"):
-        list(read_conversations(path))
-    with pytest.raises(ValueError, match="there is no format 'chatml'; there are tau_bench"):
-        list(read_conversations(path, format="chatml"))
+        list(read_documents(path))
+    with pytest.raises(ValueError, match="there is no format 'chatml'; there are text, tau_bench"):
+        list(read_documents(path, format="chatml"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -500,7 +573,7 @@ def test_a_file_that_is_no_json_is_an_error_even_where_records_are_skipped(
     with pytest.raises(ValueError, match=re.escape(sentence)):
         list(reading.values(path))
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        list(read_conversations(path, format="openai", on_error="skip"))
+        list(read_documents(path, format="openai", on_error="skip"))
 
 
 def test_a_truncated_or_damaged_gzip_file_is_named(tmp_path):
@@ -508,10 +581,10 @@ def test_a_truncated_or_damaged_gzip_file_is_named(tmp_path):
     path = tmp_path / "f.jsonl.gz"
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=f"{path} breaks off: the gzip file is truncated"):
-        list(read_conversations(path, on_error="skip"))
+        list(read_documents(path, on_error="skip"))
     path.write_bytes(b"no gzip at all")
     with pytest.raises(ValueError, match=f"{path} is damaged: Not a gzipped file"):
-        list(read_conversations(path, on_error="skip"))
+        list(read_documents(path, on_error="skip"))
 
 
 def test_a_record_that_is_too_long_is_skipped_without_being_held(tmp_path, monkeypatch):
@@ -520,24 +593,55 @@ def test_a_record_that_is_too_long_is_skipped_without_being_held(tmp_path, monke
     good = json.dumps(VERIFIERS).encode()
     path.write_bytes(b"\n".join([good, b"x" * (5 << 20), good, b"y" * (1 << 20) + b"z", good]))
     counts = ReadCounts()
-    assert len(list(read_conversations(path, on_error="skip", counts=counts))) == 3
+    assert len(list(read_documents(path, on_error="skip", counts=counts))) == 3
     assert (counts.read, dict(counts.skipped)) == (5, {"too long": 2})
     assert [place for place, _ in reading.lines(path)] == [f"{path}:{i}" for i in range(1, 6)]
     with pytest.raises(ValueError, match=f"{path}:2 is longer than 1 MiB"):
-        list(read_conversations(path))
+        list(read_documents(path))
     path = tmp_path / "f.json"
     path.write_bytes(b'["' + b"x" * (5 << 20) + b'"]')
     with pytest.raises(ValueError, match=f"{path}:1: a record is longer than 1 MiB"):
         list(reading.values(path))
 
 
+def test_a_record_is_measured_by_itself_and_not_with_what_was_read_behind_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_RECORD", 64 << 10)
+    monkeypatch.setattr(reading, "_PIECE", 16 << 10)
+    path = tmp_path / "f.json"
+    given = ["a", "x" * (40 << 10), "b" * ((64 << 10) - 2), *["c" * (10 << 10)] * 9]
+    path.write_text(json.dumps(given))
+    assert [value for _, _, value in reading.values(path)] == given
+    path.write_text(json.dumps(["a", "x" * ((64 << 10) - 1), "b" * (100 << 10)]))
+    with pytest.raises(ValueError, match=f"{path}:1: a record is longer than 0 MiB"):
+        list(reading.values(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("openai", {"messages": [{"role": "developer", "content": "Be brief."}]}),
+        ("openai", {"messages": [{"role": "assistant", "content": "!", "tool_calls": None}]}),
+        ("openai", {"messages": [{"role": "assistant", "content": None}]}),
+        ("agentx", {"messages": [{"role": "assistant", "content": "!"}]}),
+    ],
+)
+def test_what_only_chat_apis_write_is_recognised(tmp_path, name, record):
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps(record))
+    assert sniff(path) == name
+    assert len(list(read_documents(path))) == 1
+
+
 def assert_read_or_refused(name: str, record: dict) -> None:
     """Any other exception than ValueError fails the test."""
+    for format in FORMATS.values():
+        format.suits(record)
     refused = ""
     try:
         found = of(name, record)
     except ValueError as error:
         refused = str(error)
+    assert "\n" not in refused
     assert refused or isinstance(found, Conversation)
 
 
@@ -571,6 +675,17 @@ KEYS = [
     "info",
     "system",
 ]
+# The key that a record of each format holds its list under.
+TOP = {
+    "openai": "messages",
+    "agentx": "messages",
+    "sharegpt": "conversations",
+    "hermes": "conversations",
+    "tau_bench": "traj",
+    "swe_agent": "history",
+    "intercode": "turn_history",
+    "verifiers": "prompt",
+}
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda x: (
@@ -586,9 +701,14 @@ json_values = st.recursive(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(sorted(FORMATS)), st.dictionaries(st.text(max_size=3), json_values))
-def test_whatever_a_record_holds_it_is_read_or_refused_in_one_sentence(name, record):
-    assert_read_or_refused(name, record)
+@given(
+    st.sampled_from(sorted(TOP)),
+    st.lists(json_values, max_size=4),
+    st.dictionaries(st.sampled_from(KEYS), json_values, max_size=4),
+)
+def test_whatever_a_record_holds_it_is_read_or_refused_in_one_sentence(name, listed, others):
+    assert set(TOP) == set(FORMATS)
+    assert_read_or_refused(name, others | {TOP[name]: listed})
 
 
 @settings(max_examples=150, deadline=None)
@@ -637,7 +757,7 @@ def test_a_real_file_is_read_whole_and_becomes_trajectories(name):
     if not path.exists():
         pytest.skip(f"{REAL[name]} is not here")
     counts = ReadCounts()
-    found = list(read_conversations(path, counts=counts))
+    found = list(read_documents(path, counts=counts))
     content = json.loads(path.read_text())
     expected = 1 if name == "swe_agent" else len(content)
     assert (counts.read, counts.kept, len(found)) == (expected,) * 3

@@ -1,7 +1,9 @@
+import contextlib
 import json
 import math
 import re
 
+import others
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,15 +15,15 @@ from agentx.data.formats import (
     conversation_from_dict,
     conversation_to_dict,
     conversation_trajectory,
-    read_conversations,
-    read_text_jsonl,
-    read_text_tree,
+    read_documents,
+    reading,
+    sniff,
     text_trajectory,
     write_conversations,
 )
 from agentx.render import ToolRenderer
 from agentx.tokenizer import Tokenizer
-from agentx.trajectory import Message, Outcome, Parameter, Role, ToolCall, ToolSpec
+from agentx.trajectory import Markers, Message, Outcome, Parameter, Role, ToolCall, ToolSpec
 
 FIND = ToolSpec("find", "find a function", (Parameter("name"), Parameter("line", "integer")))
 ASKED = Conversation(
@@ -65,10 +67,10 @@ def test_a_tree_is_one_document_a_file_in_order_of_path(tmp_path):
     (tmp_path / "notes.txt").write_text("no code")
     (tmp_path / "pkg" / "__init__.py").write_text("")
     counts = ReadCounts()
-    documents = list(read_text_tree(tmp_path, "*.py", counts=counts))
+    documents = list(read_documents(tmp_path, format="text", pattern="*.py", counts=counts))
     assert documents == [TextDocument("a.py", "ä = 1\n"), TextDocument("pkg/b.py", "b = 1\n")]
     assert (counts.read, counts.kept, dict(counts.skipped)) == (3, 2, {"empty": 1})
-    assert list(read_text_tree(tmp_path / "a.py")) == [TextDocument("a.py", "ä = 1\n")]
+    assert list(read_documents(tmp_path / "a.py", format="text")) == documents[:1]
 
 
 def test_a_file_that_is_not_utf_8_is_named_with_the_offset_of_the_byte(tmp_path):
@@ -77,10 +79,11 @@ def test_a_file_that_is_not_utf_8_is_named_with_the_offset_of_the_byte(tmp_path)
     sentence = f"{tmp_path}/b.py is not UTF-8: byte 3 is 0xe9; convert it, or skip such files"
     counts = ReadCounts()
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        list(read_text_tree(tmp_path, counts=counts))
+        list(read_documents(tmp_path, format="text", counts=counts))
     assert_adds_up(counts)
     counts = ReadCounts()
-    assert [d.name for d in read_text_tree(tmp_path, on_error="skip", counts=counts)] == ["a.py"]
+    read = read_documents(tmp_path, format="text", on_error="skip", counts=counts)
+    assert [document.name for document in read] == ["a.py"]
     assert (counts.read, counts.kept, dict(counts.skipped)) == (2, 1, {"not UTF-8": 1})
 
 
@@ -89,10 +92,10 @@ def test_jsonl_of_texts_is_one_document_a_line(tmp_path):
         tmp_path / "t.jsonl", {"text": "one"}, {"text": " "}, {"text": "twö", "id": 7}, b" "
     )
     counts = ReadCounts()
-    documents = list(read_text_jsonl(path, counts=counts))
+    documents = list(read_documents(path, field="text", counts=counts))
     assert documents == [TextDocument(f"{path}:1", "one"), TextDocument(f"{path}:3", "twö")]
     assert (counts.read, counts.kept, dict(counts.skipped)) == (4, 2, {"empty": 2})
-    assert [d.text for d in read_text_jsonl(lines_of(path, {"body": "b"}), "body")] == ["b"]
+    assert [d.text for d in read_documents(lines_of(path, {"body": "b"}), field="body")] == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -112,11 +115,18 @@ def test_jsonl_of_texts_is_one_document_a_line(tmp_path):
 def test_a_malformed_line_is_named_by_file_and_line(tmp_path, line, sentence, reason):
     path = lines_of(tmp_path / "t.jsonl", {"text": "one"}, line, {"text": "three"})
     with pytest.raises(ValueError, match=re.escape(f"{path}{sentence}")):
-        list(read_text_jsonl(path))
+        list(read_documents(path, field="text"))
     counts = ReadCounts()
-    documents = list(read_text_jsonl(path, on_error="skip", counts=counts))
+    documents = list(read_documents(path, field="text", on_error="skip", counts=counts))
     assert [d.text for d in documents] == ["one", "three"]
     assert (counts.read, counts.kept, dict(counts.skipped)) == (3, 2, {reason: 1})
+
+
+def test_json_of_any_depth_is_read_or_refused():
+    for depth in range(1, 1200):
+        nested = b'{"a": ' + b"[" * depth + b'"\\u00e9"' + b"]" * depth + b"}"
+        with contextlib.suppress(reading.Malformed):
+            reading.json_object(nested, "here")
 
 
 def test_an_empty_data_set_is_an_error(tmp_path):
@@ -124,31 +134,31 @@ def test_an_empty_data_set_is_an_error(tmp_path):
     with pytest.raises(
         ValueError, match=r"empty \(\*\.py\) holds no document: the data set is empty"
     ):
-        list(read_text_tree(tmp_path / "empty", "*.py"))
+        list(read_documents(tmp_path / "empty", format="text", pattern="*.py"))
     blank = lines_of(tmp_path / "blank.jsonl", b"")
-    for read in (read_text_jsonl, read_conversations):
+    for options in ({"field": "text"}, {}):
         with pytest.raises(ValueError, match=re.escape(f"{blank} holds no document")):
-            list(read(blank))
+            list(read_documents(blank, **options))
     hopeless = lines_of(tmp_path / "hopeless.jsonl", b"x", b"y")
     with pytest.raises(ValueError, match="holds no document"):
-        list(read_text_jsonl(hopeless, on_error="skip"))
+        list(read_documents(hopeless, field="text", on_error="skip"))
 
 
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"there is no file or folder {tmp_path}/x")):
-        list(read_text_tree(tmp_path / "x"))
+        list(read_documents(tmp_path / "x", format="text"))
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/x cannot be read: No such file")):
-        list(read_text_jsonl(tmp_path / "x"))
+        sniff(tmp_path / "x")
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path} cannot be read: Is a directory")):
-        list(read_conversations(tmp_path))
+        sniff(tmp_path)
     with pytest.raises(ValueError, match="on_error is 'ignore'; it must be 'raise' or 'skip'"):
-        list(read_text_tree(tmp_path, on_error="ignore"))
+        list(read_documents(tmp_path, format="text", on_error="ignore"))
 
 
 def test_conversations_are_written_and_read_back(tmp_path):
     path = tmp_path / "c.jsonl"
     write_conversations(path, [ASKED, Conversation((Message("user", "hi"),))])
-    found = list(read_conversations(path))
+    found = list(read_documents(path))
     assert [(c.messages, c.tools) for c in found] == [
         (ASKED.messages, ASKED.tools),
         ((Message("user", "hi"),), ()),
@@ -232,10 +242,10 @@ def test_any_conversation_survives_its_json_form(listed):
 def test_a_malformed_conversation_is_named_by_line_message_and_field(tmp_path, record, sentence):
     path = lines_of(tmp_path / "c.jsonl", record)
     with pytest.raises(ValueError, match=re.escape(f"{path}:1: {sentence}")):
-        list(read_conversations(path, format="agentx"))
+        list(read_documents(path, format="agentx"))
     good = {"messages": [{"role": "user", "content": "hi"}]}
     counts = ReadCounts()
-    found = list(read_conversations(lines_of(path, good, record), on_error="skip", counts=counts))
+    found = list(read_documents(lines_of(path, good, record), on_error="skip", counts=counts))
     assert len(found) == 1
     assert (counts.read, counts.kept, dict(counts.skipped)) == (2, 1, {"no conversation": 1})
 
@@ -261,10 +271,10 @@ def test_a_malformed_conversation_is_named_by_line_message_and_field(tmp_path, r
 def test_whatever_a_file_holds_it_is_read_or_skipped_and_counted(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("fuzz") / "f.jsonl"
     path.write_bytes(b"\n".join([*lines, b'{"text": "x"}', b'{"messages": [{"role": "user"}]}']))
-    for read in (read_text_jsonl, read_conversations):
+    for options in ({"field": "text"}, {}):
         counts = ReadCounts()
-        # One line is good for each reader: an error could only be one that was not skipped.
-        kept = list(read(path, on_error="skip", counts=counts))
+        # One line is good for each: an error could only be one that was not skipped.
+        kept = list(read_documents(path, **options, on_error="skip", counts=counts))
         assert counts.kept == len(kept) >= 1
         assert counts.read == len(path.read_bytes().split(b"\n"))
         assert_adds_up(counts)
@@ -276,6 +286,8 @@ def test_a_text_becomes_one_span_between_its_markers():
     assert [s.role for s in trajectory.spans] == [Role.TEXT]
     assert trajectory.ids.tolist() == [1, 15 + 0xC3, 15 + 0xA9, 15 + 0x0A, 8]
     assert trajectory.task_id == "a.py"
+    theirs = others.tokenizer("qwen3")
+    assert text_trajectory(TextDocument("", "a"), theirs).markers == Markers.of(theirs.special)
     assert math.isnan(trajectory.reward)
 
 

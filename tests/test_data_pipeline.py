@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from agentx.data import plan as plan_module
-from agentx.data.objectives import InfillCall, Mixture, NextToken, PlainText, Recover
+from agentx.data.objectives import InfillCall, Mixture, NextToken, PlainText, Recover, Schedule
 from agentx.data.pipeline import Draw, MixturePipeline, Source, Stage, prefetch, read_rows
 from agentx.data.plan import plan_of, plan_rows
 from agentx.data.store import TokenStore
@@ -143,7 +143,7 @@ def test_no_piece_is_longer_than_a_row_or_in_two_of_them_wherever_the_borders_ar
     )
     store = store_of(tmp_path, [document])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "_LEAST", 1)
+        patch.setattr(plan_module, "_LEAST", 2)
         plan = plan_rows(store, Roomy(), 8)
     pieces = [plan.pieces(row) for row in range(plan.num_rows)]
     assert max(sum(end - begin for _, begin, end in row) for row in pieces) <= 8
@@ -247,14 +247,6 @@ def test_a_batch_is_a_pure_function_of_the_step(texts, conversations):
     assert not np.array_equal(forward[0].tokens, mixed(texts, conversations, 1).batch(0).tokens)
 
 
-def test_a_step_far_ahead_is_found_at_once(texts, conversations):
-    pipeline = mixed(texts, conversations)
-    pipeline.batch(0)
-    start = time.perf_counter()
-    pipeline.batch(100_000_000)
-    assert time.perf_counter() - start < 1.0
-
-
 def test_a_batch_has_the_shape_asked_for_and_little_padding(texts, conversations):
     pipeline = mixed(texts, conversations)
     batches = [pipeline.batch(step) for step in range(30)]
@@ -309,10 +301,25 @@ def test_shares_change_by_stage_and_no_row_is_read_twice_or_left_out(texts, conv
             assert sorted(own) == [(epoch, row) for row in range(plan.num_rows)]
 
 
-def test_a_stage_far_ahead_is_found_at_once(texts, conversations):
-    start = time.perf_counter()
-    staged(texts, conversations, num_steps=10**9).batch(9 * 10**8)
-    assert time.perf_counter() - start < 1.0
+def test_a_step_far_ahead_in_a_stage_far_ahead_is_found_at_once(texts, conversations):
+    pipeline = staged(texts, conversations, num_steps=10**9)
+    pipeline.batch(0)
+    start = time.process_time()  # other processes of a busy machine do not count
+    pipeline.batch(9 * 10**8)
+    assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("until", "num_steps"), [(0.5, 5), (0.3, 10), (0.1, 3), (0.7, 1000), (0.01, 7)]
+)
+def test_a_stage_ends_at_the_step_at_which_a_schedule_changes(texts, until, num_steps):
+    objective = Schedule((NextToken(), NextToken(text=2.0)), until=(until, 1.0))
+    sources = [Source("a", texts, objective), Source("b", texts, objective)]
+    stages = (Stage(until, (1.0, 0.0)), Stage(1.0, (0.0, 1.0)))
+    pipeline = MixturePipeline(sources, 1, 64, 0, num_steps=num_steps, stages=stages)
+    for step in range(num_steps):
+        is_later = pipeline.objective(0, step) == objective.objectives[1]
+        assert pipeline.draws(step)[0].source == is_later
 
 
 def test_stages_that_do_not_fit_are_refused(texts):
@@ -370,12 +377,12 @@ def test_a_plan_that_cannot_be_kept_is_used_and_said(tmp_path, capsys):
     assert f"the plan of {tmp_path} is not kept: cannot write" in capsys.readouterr().err
 
 
-def test_the_fingerprint_changes_with_whatever_changes_a_batch(texts, conversations):
-    fingerprint = mixed(texts, conversations).fingerprint
-    assert mixed(texts, conversations).fingerprint == fingerprint
-    assert mixed(texts, conversations, seed=1).fingerprint != fingerprint
-    assert mixed(texts, conversations, rate=0.4).fingerprint != fingerprint
-    assert mixed(conversations, texts).fingerprint != fingerprint
+def test_the_identity_changes_with_whatever_changes_a_batch(texts, conversations):
+    identity = mixed(texts, conversations).identity
+    assert mixed(texts, conversations).identity == identity
+    assert mixed(texts, conversations, seed=1).identity != identity
+    assert mixed(texts, conversations, rate=0.4).identity != identity
+    assert mixed(conversations, texts).identity != identity
 
 
 def test_the_identity_changes_with_the_store_that_an_objective_draws_from(tmp_path, conversations):
@@ -388,7 +395,33 @@ def test_the_identity_changes_with_the_store_that_an_objective_draws_from(tmp_pa
         source = Source("c", conversations, objective)
         names.append(MixturePipeline([source], 1, 128, 0).identity)
     changed = [name for name in names[0] if names[0][name] != names[1][name]]
-    assert changed == [f"store {tmp_path}/pool that dataset 0 draws from"]
+    assert changed == ["plan of dataset 0", f"store {tmp_path}/pool that dataset 0 draws from"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AsLongAsItsPool:
+    """Asks for as much room as the first document of a pool takes."""
+
+    pool: str
+
+    def room(self, trajectory):
+        return int(TokenStore.open(self.pool).lengths[0])
+
+
+def test_a_pool_that_was_built_again_is_planned_for(tmp_path):
+    store = store_of(tmp_path / "store", [text(range(20))])
+    for length in (3, 5):
+        shutil.rmtree(tmp_path / "pool", ignore_errors=True)
+        store_of(tmp_path / "pool", [text(range(length))])
+        plan = plan_of(store, AsLongAsItsPool(str(tmp_path / "pool")), 40)
+        assert plan.fill == (19 + length) / 40
+
+
+def test_a_pool_of_another_tokenizer_is_refused_before_rows_are_planned(tmp_path, conversations):
+    TokenStore.write(tmp_path / "pool", [calls(100, 2)], "another")
+    source = Source("c", conversations, Recover(pool=str(tmp_path / "pool"), longest=9999))
+    with pytest.raises(ValueError, match=r"pool was written with another tokenizer \(.*another, n"):
+        MixturePipeline([source], 1, 128, 0)
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, float("nan")])
@@ -450,14 +483,3 @@ def test_the_thread_ends_when_prefetching_stops_early():
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
-
-
-def test_reading_and_packing_keep_up_with_training(texts, conversations):
-    pipeline = mixed(texts, conversations)
-    pipeline.batch(0)
-    num_tokens, start = 0, time.process_time()
-    while time.process_time() - start < 0.5:
-        num_tokens += pipeline.batch(num_tokens // 256 % 50).tokens.size
-    # Rows of 64 with several documents each are the worst case; a tenth of the promise is left as
-    # room for a busy machine.
-    assert num_tokens / (time.process_time() - start) > 30_000

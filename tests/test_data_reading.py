@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
@@ -21,7 +22,6 @@ from agentx.data.formats import (
     TextDocument,
     identify,
     parquet,
-    read_conversations,
     read_documents,
     reading,
     sniff,
@@ -50,6 +50,7 @@ TAU = {"task_id": 3, "trial": 0, "reward": 1.0, "traj": OPENAI["messages"]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}
 HERMES = {
     "conversations": [
+        {"from": "system", "value": "Calls stand within <tool_call></tool_call>."},
         {"from": "human", "value": "?"},
         {"from": "gpt", "value": '<tool_call>{"name": "f", "arguments": {}}</tool_call>'},
         {"from": "tool", "value": "<tool_response>1</tool_response>"},
@@ -87,6 +88,8 @@ RECORDS = {
     "agentx": ASKED,
     "text": {"text": "a text"},
 }
+# No list, where a format has one.
+ODD = [{"text": "a", "conversations": 5}, {"text": "a", "messages": {}}, {"text": "a", "traj": ""}]
 
 
 def write_lines(path, *records):
@@ -142,6 +145,12 @@ def test_every_format_is_recognised_in_every_kind_of_file(tmp_path, name, suffix
         assert list(read_documents(path, format=name)) == [found]
 
 
+@pytest.mark.parametrize("record", ODD)
+def test_a_name_that_formats_use_may_hold_something_else(tmp_path, record):
+    (found,) = read_documents(write_lines(tmp_path / "f.jsonl", record))
+    assert found.text == "a"
+
+
 def test_a_folder_of_records_is_read_as_such_and_any_other_is_a_tree_of_texts(tmp_path):
     write_lines(tmp_path / "b.jsonl", {"text": "b"})
     write_lines(tmp_path / "a.json", ASKED)
@@ -170,6 +179,18 @@ def test_a_folder_of_records_is_read_as_such_and_any_other_is_a_tree_of_texts(tm
     assert [d.text for d in read_documents(tmp_path / "b.jsonl", field="text")] == ["b"]
 
 
+def test_a_field_or_a_name_says_that_a_file_holds_records(tmp_path):
+    for name in ("f.ndjson", "f.ndjson.gz", "f.data"):
+        data = b'{"text": "a"}\n{"text": "b"}\n'
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        texts = [d.text for d in read_documents(tmp_path / name, field="text")]
+        assert texts == ["a", "b"]
+        if "ndjson" in name:
+            assert [d.text for d in read_documents(tmp_path / name)] == ["a", "b"]
+    (found,) = read_documents(tmp_path / "f.data")
+    assert found.text == '{"text": "a"}\n{"text": "b"}\n'
+
+
 def test_what_is_hidden_or_no_file_is_counted_and_never_read(tmp_path):
     tree = tmp_path / "tree"
     for name in ("a.py", ".git/objects/1", ".git/2", "pkg/.cache", "pkg/b.py", "pkg/data.bin"):
@@ -190,13 +211,14 @@ def test_what_is_hidden_or_no_file_is_counted_and_never_read(tmp_path):
     }
     assert counts.read == counts.kept + counts.num_skipped == 10
     assert [document.name for document in read_documents(tree / ".git")] == ["2", "objects/1"]
-    assert [name for name, _, _ in identify(tree, "*.py")] == ["a.py", "pkg/b.py"]
+    found = [path for path, _, _ in identify(tree, "*.py")]
+    assert found == [f"{tree}/a.py", f"{tree}/pkg/b.py"]
 
 
 def test_files_are_told_apart_by_their_content(tmp_path):
     (tmp_path / "a.txt").write_text("abc")
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert identify(tmp_path) == [("a.txt", 3, f"sha256:{sha256}")]
+    assert identify(tmp_path) == [(f"{tmp_path}/a.txt", 3, f"sha256:{sha256}")]
 
 
 def test_a_trace_beside_a_text_becomes_a_thought(tmp_path):
@@ -376,10 +398,20 @@ def test_what_is_empty_is_named(tmp_path, name):
         assert_refused(path, f"{path} is truncated or damaged: Parquet file size is 0 bytes")
 
 
+def test_where_every_record_was_skipped_it_says_why(tmp_path):
+    path, counts = tmp_path / "f.jsonl", ReadCounts(read=3, kept=2, skipped=Counter(empty=1))
+    path.write_text("x\n\ny\n")
+    sentence = "3 records read = 0 kept + 3 skipped (1 empty, 2 no JSON)"
+    with pytest.raises(ValueError, match="holds no document: the data set is empty: ") as caught:
+        list(read_documents(path, field="text", on_error="skip", counts=counts))
+    assert str(caught.value).endswith(sentence)
+    assert (counts.read, counts.kept) == (6, 2)
+
+
 def test_a_folder_where_a_file_was_expected_is_named(tmp_path):
     (tmp_path / "d.jsonl").mkdir()
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/d.jsonl cannot be read: Is a dir")):
-        list(read_conversations(tmp_path / "d.jsonl"))
+        sniff(tmp_path / "d.jsonl")
     assert_refused(tmp_path / "none*", f"there is no file or folder {tmp_path}/none*")
 
 

@@ -1,3 +1,5 @@
+import concurrent.futures
+import contextlib
 import json
 import os
 import re
@@ -11,6 +13,8 @@ import tensorstore
 from agentx.data import chunks as chunks_module
 from agentx.data import shards as shards_module
 from agentx.data import store as store_module
+from agentx.data.shards import Entry, shard_columns, write_shard
+from agentx.data.storage import Storage, wait
 from agentx.data.store import StoreWriter, TokenStore
 from agentx.trajectory import Markers, Origin, Outcome, Role, Span, Trajectory
 
@@ -58,7 +62,7 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_the_manifest_counts_what_is_in_the_store(tmp_path):
-    TokenStore.write(tmp_path, trajectories(), "tok", inputs_fingerprint="in")
+    TokenStore.write(tmp_path, trajectories(), "tok")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["num_trajectories"] == 3
     assert manifest["num_spans"] == 7
@@ -130,13 +134,11 @@ def test_equal_stores_have_equal_fingerprints_and_others_do_not(tmp_path):
     assert TokenStore.write(tmp_path / "d", trajectories()[:2], "tok").fingerprint != first
 
 
-def test_another_tokenizer_or_other_inputs_are_refused(tmp_path):
-    TokenStore.write(tmp_path, trajectories(), "a" * 64, inputs_fingerprint="b" * 64)
-    assert len(TokenStore.open(tmp_path, "a" * 64, inputs_fingerprint="b" * 64)) == 3
+def test_another_tokenizer_is_refused(tmp_path):
+    TokenStore.write(tmp_path, trajectories(), "a" * 64)
+    assert len(TokenStore.open(tmp_path, "a" * 64)) == 3
     with pytest.raises(ValueError, match=r"another tokenizer \(fingerprint aaaaaaaaaaaa, not cc"):
         TokenStore.open(tmp_path, "c" * 64)
-    with pytest.raises(ValueError, match=r"from other inputs \(fingerprint bbbbbbbbbbbb, not cc"):
-        TokenStore.open(tmp_path, inputs_fingerprint="c" * 64)
 
 
 def test_a_changed_file_and_a_missing_one_are_named(tmp_path):
@@ -158,6 +160,39 @@ def test_a_changed_file_and_a_missing_one_are_named(tmp_path):
         TokenStore.open(tmp_path)
 
 
+def test_a_file_that_goes_away_while_a_store_is_open_is_an_error_and_not_zeros(tmp_path):
+    store = TokenStore.write(tmp_path, trajectories(), "tok")
+    (chunk,) = tmp_path.glob("shard-*/ids/c/0")
+    chunk.unlink()
+    with pytest.raises(ValueError, match=r"/ids is damaged or gone \(.* missing\): build the"):
+        store[0]
+
+
+def test_what_a_store_holds_may_be_zero_all_over(tmp_path):
+    store = TokenStore.write(tmp_path, [Trajectory([span(Role.TEXT, [0, 0])])], "tok")
+    assert store[0].ids.tolist() == [0, 0]
+
+
+def test_a_file_that_may_not_be_read_is_none_that_is_damaged(tmp_path, monkeypatch):
+    store = TokenStore.write(tmp_path, trajectories(), "tok")
+    refused = concurrent.futures.Future()
+    refused.set_exception(ValueError("PERMISSION_DENIED: \"a[1]\" [os_error_code='13'] [x='y']"))
+    monkeypatch.setattr(chunks_module, "wait", lambda future, what: wait(refused, what))
+    with pytest.raises(OSError, match=r'^cannot read .*: PERMISSION_DENIED: "a\[1\]"$'):
+        store[0]
+
+
+def test_a_place_that_nobody_writes_to_is_refused_and_the_root_is_one():
+    for path, sentence in (
+        ("hdfs://host/x", "hdfs://host/x: nothing here reads hdfs://; there are gs:// and s3://"),
+        ("gs://", "gs:// names no bucket: write gs://BUCKET/FOLDER"),
+        ("s3:///x", "s3:///x names no bucket"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            Storage(path)
+    assert Storage("/").array_spec("a")["path"] == "/a/"
+
+
 def begun(path, made_from, documents, shard_tokens=4):
     """What a writer leaves that is stopped after these documents."""
     with StoreWriter(path, "tok", made_from=made_from, shard_tokens=shard_tokens) as writer:
@@ -177,8 +212,10 @@ def test_a_half_written_store_is_none_for_training_and_opens_at_its_last_complet
 
 def test_a_writer_goes_on_behind_the_complete_shards_and_makes_the_same_store(tmp_path):
     begun(tmp_path / "s", {"inputs": "in"}, trajectories()[:2])
-    (tmp_path / "s" / "shard-00001-half").mkdir()
-    (tmp_path / "s" / "shard-00001-half" / "ids").write_text("x")
+    half = tmp_path / "s" / "shard-00001-0123456789ab" / "ids" / "c"
+    half.mkdir(parents=True)
+    for name in ("0", "1.__lock"):  # the second is what TensorStore is at when it is killed
+        (half / name).write_text("x")
     for folder in ("s", "whole"):
         with StoreWriter(
             tmp_path / folder, "tok", made_from={"inputs": "in"}, shard_tokens=4
@@ -270,6 +307,20 @@ def test_a_writer_whose_store_somebody_else_changed_stops(tmp_path):
     assert len(TokenStore.open(tmp_path, partial=True)) == 1
 
 
+def test_a_second_writer_spares_what_the_first_is_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "_lock", lambda storage: None)
+    made = {"made_from": {}}
+    with StoreWriter(tmp_path, "tok", **made) as first:
+        written = write_shard(Storage(tmp_path), 0, shard_columns([Entry(trajectories()[0], 0)]))
+        with contextlib.suppress(KeyError), StoreWriter(tmp_path, "tok", **made):
+            assert (tmp_path / written["name"]).is_dir()
+            # The first writer's manifest is the newest: the second may not delete it.
+            first._generation = Storage(tmp_path).read("manifest.json")[1]
+            first.add_shard(written)
+            raise KeyError
+        assert len(first.finish()) == 1
+
+
 def test_a_full_disk_leaves_the_complete_shards(tmp_path):
     # A limit on the size of files stands for the disk: the same path through the writer.
     script = f"""
@@ -308,6 +359,39 @@ def test_a_writer_spares_what_is_already_there(tmp_path):
     with pytest.raises(ValueError, match="holds other things than a store"):
         TokenStore.write(tmp_path / "home", trajectories(), "tok")
     assert (tmp_path / "home" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("name", ["shard-0/a", "plans-for-thesis/a", "plans/thesis.tex", "taken/a"])
+def test_a_folder_that_only_looks_like_ours_is_not_deleted(tmp_path, name):
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"other things than a store, {name} for one: write else"):
+        TokenStore.write(tmp_path, trajectories(), "tok")
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_what_a_writer_leaves_without_a_shard_is_not_in_the_next_store(tmp_path):
+    for folder in ("taken", "entries"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "taken" / "00000.jsonl").write_text("{}")
+    (tmp_path / "entries" / "00000.json").write_text("{}")
+    TokenStore.write(tmp_path, trajectories(), "tok")
+    assert not list(tmp_path.glob("taken/*")) + list(tmp_path.glob("entries/*"))
+
+
+def test_a_shard_counts_as_complete_when_the_manifest_names_it(tmp_path, monkeypatch):
+    def refuse(storage, key, *rest, **more):
+        raise OSError("the disk is full")
+
+    with StoreWriter(tmp_path, "tok", made_from={}) as writer:
+        writer.add(trajectories()[0])
+        writer.write_shard()
+        writer.add(trajectories()[1])
+        entry = {"name": "shard-00001-0123456789ab", "trajectories": 1, "spans": 5, "tokens": 13}
+        monkeypatch.setattr(Storage, "write", refuse)
+        with pytest.raises(OSError, match=r"the disk is full; .* holds 1 complete shard: run the"):
+            writer.add_shard({**entry, "files": {}})
+        assert writer.num_shards == 1
 
 
 def test_an_empty_data_set_and_an_empty_trajectory_are_errors(tmp_path):

@@ -117,6 +117,18 @@ def test_stats_count_every_token_once(tmp_path, capsys):
     assert picture.std() > 0.05
 
 
+def test_stats_verify_what_they_count_where_they_are_asked_to(tmp_path, capsys):
+    store = written(tmp_path, "store", Trajectory([Span(Role.TEXT, np.arange(3, dtype=np.int32))]))
+    assert main(["data", "stats", store, "--verify"]) == 0
+    assert f"That was {store}, every file as it was written\n" in capsys.readouterr().out
+    (chunk,) = (tmp_path / "store").glob("shard-*/ids/c/0")
+    data = chunk.read_bytes()
+    chunk.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert main(["data", "stats", store]) == 0
+    assert main(["data", "stats", store, "--verify"]) == 2
+    assert f"error: {chunk} has changed since it was written" in capsys.readouterr().err
+
+
 def test_stats_of_what_is_no_store_or_no_picture_end_in_one_sentence(tmp_path, capsys):
     assert main(["data", "stats", str(tmp_path)]) == 2
     assert f"error: {tmp_path} holds no token store" in capsys.readouterr().err

@@ -13,7 +13,6 @@ from agentx.data.curate import (
     DuplicateIndex,
     Pair,
     Signature,
-    Taken,
     duplicates,
     words,
 )
@@ -29,11 +28,8 @@ def documents(*texts):
 
 def found_locally(config, given):
     index = DuplicateIndex(config)
-    results = [index(document) for document in given]
-    for document, result in zip(given, results, strict=True):
-        assert result is document or isinstance(result, Taken)
-    assert sum(isinstance(r, Taken) for r in results) == len(index.duplicates)
-    return [tuple(duplicate) for duplicate in index.duplicates]
+    found = [index.find(document.name, config.signature(document)) for document in given]
+    return [tuple(duplicate) for duplicate in found if duplicate is not None]
 
 
 def found_in_groups(config, given, order):
@@ -47,7 +43,7 @@ def found_in_groups(config, given, order):
     for group in groups.values():
         for pair in config.pairs_in(group):
             pairs[pair.number].append(pair)
-    firsts = [config.first_of(pairs[number]) for number in sorted(pairs)]
+    firsts = [min(pairs[number]) for number in sorted(pairs)]
     return [(given[p.number].name, given[p.first].name, p.reason, p.similarity) for p in firsts]
 
 
@@ -71,13 +67,14 @@ def found_by_definition(config, given):
 def test_duplicates_are_found_as_the_docstring_shows():
     table = inspect.getdoc(Deduplicate).rstrip().split("\n\n")[-1]
     rows = [re.split(r" {2,}", line.strip()) for line in table.split("\n")]
-    index = DuplicateIndex(Deduplicate(threshold=0.5, ngram=2))
+    config = Deduplicate(threshold=0.5, ngram=2)
+    index = DuplicateIndex(config)
     said = []
     for document in documents(*(shown for shown, _ in rows)):
-        if index(document) is document:
+        of = index.find(document.name, config.signature(document))
+        if of is None:
             said.append("kept")
             continue
-        of = index.duplicates[-1]
         assert of.first == "t:1"
         similarity = f", similarity {of.similarity:.2f}" if of.reason == duplicates.NEAR else ""
         said.append(f"taken: {of.reason} of the first{similarity}")
@@ -123,7 +120,7 @@ def test_an_exact_duplicate_is_reported_as_one_though_a_near_one_came_first():
             ("t:4", "t:1", "near duplicate"),
         ]
     pairs = [Pair(5, True, 1, 0.9), Pair(5, False, 4, 1.0), Pair(5, False, 3, 1.0)]
-    assert config.first_of(pairs) == Pair(5, False, 3, 1.0)
+    assert min(pairs) == Pair(5, False, 3, 1.0)
 
 
 def test_the_first_of_many_that_share_a_band_is_found(monkeypatch):
@@ -187,6 +184,11 @@ def test_a_long_result_or_a_common_system_text_makes_no_duplicates():
         ("c", "a", "near duplicate"),
         ("b", "b", "exact duplicate"),
     ]
+
+
+def test_texts_with_other_traces_are_no_duplicates():
+    texts = [TextDocument(f"t:{n}", "2 + 2", trace) for n, trace in enumerate(["x", "y", "x", ""])]
+    assert found_locally(SMALL, texts) == [("t:2", "t:0", "exact duplicate", 1.0)]
 
 
 @pytest.mark.parametrize(

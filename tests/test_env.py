@@ -126,6 +126,7 @@ def test_a_call_that_fails_is_answered_with_its_error_and_the_episode_goes_on(
         ("boolean", [True, False], [0, "true"]),
         ("object", [{}, {"a": 1}], [[], "{}"]),
         ("array", [[], [1]], [{}, "[]"]),
+        ("any", [None, True, 1, "x", [], {}], []),
     ],
 )
 def test_arguments_must_be_of_their_declared_type(json_type, good, bad):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from agentx.interop.huggingface import export_huggingface, flatten_params, import_huggingface
 from agentx.interop.tokenizer_json import to_tokenizers, write_tokenizer
 from agentx.model import ModelConfig, Transformer
-from agentx.render import ToolRenderer
+from agentx.render import ToolRenderer, tool_schemas
 from agentx.tokenizer import Tokenizer
 from agentx.trajectory import Message, Parameter, ToolCall, ToolSpec
 from agentx_kernels.layout import causal
@@ -226,23 +226,6 @@ def as_openai(messages):
     return chat
 
 
-def as_schemas(tools):
-    return [
-        {
-            "type": "function",
-            "function": {
-                "name": tool.name,
-                "description": tool.description,
-                "parameters": {
-                    "type": "object",
-                    "properties": {p.name: {"type": p.type} for p in tool.parameters},
-                },
-            },
-        }
-        for tool in tools
-    ]
-
-
 @pytest.mark.parametrize("first", [0, 1], ids=["system", "no system"])
 @pytest.mark.parametrize("tools", [TOOLS, TOOLS[:2], ()], ids=["tools", "two tools", "no tools"])
 def test_the_chat_template_gives_the_ids_of_render(auto_tokenizer, tools, first):
@@ -250,7 +233,7 @@ def test_the_chat_template_gives_the_ids_of_render(auto_tokenizer, tools, first)
     spans = ToolRenderer(TOKENIZER).render(messages, tools)
     wanted = np.concatenate([s.ids for s in spans]).tolist()
     found = auto_tokenizer.apply_chat_template(
-        as_openai(messages), tools=as_schemas(tools) or None, return_dict=False
+        as_openai(messages), tools=tool_schemas(tools) or None, return_dict=False
     )
     assert found == wanted
 
@@ -266,7 +249,7 @@ def test_the_chat_template_gives_the_ids_of_render(auto_tokenizer, tools, first)
 def test_the_chat_template_refuses_what_render_refuses(auto_tokenizer, calls, sentence):
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls}]
     with pytest.raises(Exception, match=sentence):
-        auto_tokenizer.apply_chat_template(chat, tools=as_schemas(TOOLS))
+        auto_tokenizer.apply_chat_template(chat, tools=tool_schemas(TOOLS))
 
 
 def test_the_chat_template_and_render_refuse_content_beside_a_call(auto_tokenizer):
@@ -276,7 +259,7 @@ def test_the_chat_template_and_render_refuse_content_beside_a_call(auto_tokenize
     chat = as_openai([message])
     chat[0]["content"] = message.content
     with pytest.raises(Exception, match="calls now has content too"):
-        auto_tokenizer.apply_chat_template(chat, tools=as_schemas(TOOLS))
+        auto_tokenizer.apply_chat_template(chat, tools=tool_schemas(TOOLS))
 
 
 def test_the_byte_tokenizer_is_exported_too():
@@ -300,7 +283,7 @@ def test_a_tokenizer_of_others_is_exported_with_the_markers_behind(tmp_path, nam
     ]
     wanted = np.concatenate([s.ids for s in ToolRenderer(tokenizer).render(messages, TOOLS)])
     found = theirs.apply_chat_template(
-        as_openai(messages), tools=as_schemas(TOOLS), return_dict=False
+        as_openai(messages), tools=tool_schemas(TOOLS), return_dict=False
     )
     assert found == wanted.tolist()
     assert theirs.decode(tokenizer.encode(" a  b")) == " a  b"

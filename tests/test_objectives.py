@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rows import WORDS, assert_shown_in, span, table
 
-from agentx.data.formats import conversation_trajectory, read_conversations
+from agentx.data.formats import conversation_trajectory, read_documents
 from agentx.data.objectives import (
     FillInTheMiddle,
     InfillCall,
@@ -561,7 +561,7 @@ def test_real_episodes_hold_failures_that_recover(name):
         pytest.skip(f"{path} is not on this machine")
     renderer = ToolRenderer(Tokenizer.bytes())
     objective = Recover(rate=1.0, inserted=0.0, back=3.0)
-    conversations = itertools.islice(read_conversations(path), 200)
+    conversations = itertools.islice(read_documents(path), 200)
     episodes = [conversation_trajectory(c, renderer) for c in conversations]
     with_recovery = 0
     for index, episode in enumerate(episodes):

@@ -18,7 +18,7 @@ import pytest
 from test_imports import EVERYTHING, MAY_IMPORT
 
 from agentx.cli.main import main
-from agentx.data.formats import read_conversations
+from agentx.data.formats import read_documents
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -119,7 +119,7 @@ def test_every_command_of_the_readme_works(finished, block, monkeypatch, capsys)
         if words[0] == "agentx":
             assert main(in_small(words)) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
             if words[1] == "eval":  # what a policy did is data
-                assert len(list(read_conversations("episodes.jsonl"))) == 2
+                assert len(list(read_documents("episodes.jsonl"))) == 2
         elif words[0] == "make":
             dry = subprocess.run([*words, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
             assert dry.returncode == 0, dry.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agentx.data.formats import Conversation, read_conversations, read_text_jsonl
+from agentx.data.formats import Conversation, read_documents
 from agentx.env.base import Task
 from agentx.env.tasks.corpus import made_up, name_fragments, standard_library
 from agentx.env.tasks.expert import Demonstration, instructed_session
@@ -47,7 +47,7 @@ def conversations(name: str) -> list[Conversation]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.jsonl"
         path.write_text(recorded()[1][name], "utf-8")
-        return list(read_conversations(path))
+        return list(read_documents(path))
 
 
 def sessions(num: int, **rates: float) -> list[tuple[Demonstration, LibraryEnv]]:
@@ -101,7 +101,7 @@ def test_the_files_hold_as_many_documents_as_was_asked_for_in_formats_that_data_
     assert counts["sessions"] == len(conversations("sessions")) == 150
     assert counts["demonstrations"] == len(conversations("demonstrations")) == 150
     (tmp_path / "text.jsonl").write_text(files["text"], "utf-8")
-    texts = [document.text for document in read_text_jsonl(tmp_path / "text.jsonl")]
+    texts = [document.text for document in read_documents(tmp_path / "text.jsonl", field="text")]
     assert texts == list(text_documents(CONFIG))
     assert counts["text"] == len(texts)
 

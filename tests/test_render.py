@@ -177,6 +177,7 @@ VALUES = {
     "boolean": st.booleans(),
     "object": st.dictionaries(TEXTS, JSON, max_size=3),
     "array": st.lists(JSON, max_size=3),
+    "any": JSON.filter(lambda value: not isinstance(value, str)),
 }
 PARAMETERS = st.builds(Parameter, NAMES, st.sampled_from(sorted(VALUES)))
 SPECS = st.builds(
@@ -288,7 +289,9 @@ def test_what_is_taken_back_is_not_called():
         assert again == dataclasses.replace(expected, thought="ah")
 
 
-@pytest.mark.parametrize("text", ["sixty", "", "[", "[" * 5000, "9" * 5000, "{'a': 1}"])
+@pytest.mark.parametrize(
+    "text", ["sixty", "", "[", "[" * 5000, "9" * 5000, "{'a': 1}", '"\\ud800"', '["\\ud800"]']
+)
 def test_an_argument_that_is_no_json_stays_text(text):
     ids = ids_of(f"<|call|>open<|arguments|>a.py<|sep|>{text}<|end|>")
     assert RENDERER.parse(ids, TOOLS) == call("open", path="a.py", line=text)

@@ -76,7 +76,7 @@ FORGED = st.lists(
     max_size=4,
 ).map(lambda parts: "".join(parts).strip())
 NAMES = st.text("abcxyz_", min_size=1, max_size=4)
-KINDS = st.sampled_from(["string", "integer", "number", "boolean", "object", "array"])
+KINDS = st.sampled_from(["string", "integer", "number", "boolean", "object", "array", "any"])
 SPECS = st.builds(
     ToolSpec,
     NAMES,
@@ -426,6 +426,11 @@ def test_whatever_is_sampled_is_cut_without_a_gap_and_read_or_malformed(format, 
         ("qwen3", "<think>a<|im_end|>", "its tags do not match"),
         ("qwen3", "<tool_call>a<|im_end|>", "its tags do not match"),
         ("qwen3", "<tool_call>a</tool_call><|im_end|>", "its call is no JSON"),
+        (
+            "qwen3",
+            '<tool_call>{"name": "a", "arguments": {"b": "\\ud800"}}</tool_call><|im_end|>',
+            "its call is no JSON",
+        ),
         ("qwen3", "<tool_call>[1]</tool_call><|im_end|>", "its call is no object with a name"),
         (
             "qwen3",

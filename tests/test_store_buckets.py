@@ -1,5 +1,6 @@
 """Token stores in buckets: S3 and Google Cloud Storage, by servers on the loopback."""
 
+import contextlib
 import json
 
 import jax
@@ -87,9 +88,24 @@ def test_two_writers_in_a_bucket_are_told_apart_when_one_has_written(bucket):
             second.add(text(1, 2))
             second.write_shard()
         first.add(text(3, 4))
+        assert "inputs.json" in files(path)
         with pytest.raises(ValueError, match=f"{path} is being written by somebody else too"):
             first.write_shard()
     assert [t.ids.tolist() for t in TokenStore.open(path, partial=True)] == [[1, 2]]
+
+
+def test_a_writer_that_stops_at_once_leaves_the_manifest_of_another(bucket):
+    path = f"{bucket}/stores/stopped"
+    with contextlib.suppress(KeyError), StoreWriter(path, "tok", made_from={}):
+        with StoreWriter(path, "tok", made_from={}) as second:
+            second.add(text(1, 2))
+            second.write_shard()
+        raise KeyError
+    assert [t.ids.tolist() for t in TokenStore.open(path, partial=True)] == [[1, 2]]
+    path = f"{bucket}/stores/alone"
+    with pytest.raises(KeyError), StoreWriter(path, "tok", made_from={}):
+        raise KeyError
+    assert files(path) == {}
 
 
 def test_what_is_missing_in_a_bucket_is_named(bucket):

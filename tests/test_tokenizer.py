@@ -138,6 +138,15 @@ def test_impossible_training_ends_in_one_sentence(texts, vocab_size, sentence):
         Tokenizer.train(texts, vocab_size)
 
 
+def test_what_the_texts_raise_comes_out_of_training_as_it_is():
+    def texts():
+        yield "a b c"
+        raise ValueError("b.txt is not UTF-8")
+
+    with pytest.raises(ValueError, match=r"^b\.txt is not UTF-8$"):
+        Tokenizer.train(texts(), 512)
+
+
 def test_bad_text_and_bad_ids_are_refused():
     with pytest.raises(ValueError, match="lone surrogate at character 1"):
         TRAINED.encode("a\ud800")
@@ -202,6 +211,11 @@ def test_markers_come_behind_the_vocabulary_of_others_whose_ids_stay(name):
         assert {marker: tokenizer.special[marker] for marker in own} == own
     else:
         assert [tokenizer.special[marker] for marker in ("<s>", "</s>")] == [1, 2]
+
+
+def test_a_normalizer_without_steps_is_none():
+    model = changed("normalizer", {"type": "Sequence", "normalizers": []})
+    assert Tokenizer(model.encode()).encode("a b") == THEIRS["qwen3"].encode("a b")
 
 
 def test_a_marker_that_the_tokenizer_has_keeps_its_id():

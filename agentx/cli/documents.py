@@ -29,8 +29,4 @@ def build_store(config: BuildConfig) -> TokenStore:
                 f"{seen:,} documents, {num_tokens:,} tokens in {now - start:.0f} s, {rate:,.0f}/s"
             )
 
-    if config.beam is not None:
-        from agentx.data.beam import build_on_beam
-
-        return build_on_beam(config)
     return build(config, on_document)

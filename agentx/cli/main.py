@@ -310,12 +310,13 @@ def tokenizer_train(
     vocab_size: Annotated[int, typer.Option(help="Pieces, markers and bytes included.")] = 32768,
 ) -> None:
     """Trains byte-fallback BPE on text files."""
-    from agentx.data.formats import read_text_tree
+    from agentx.data.curate import text_of
+    from agentx.data.formats import read_documents
     from agentx.tokenizer import Tokenizer
 
     _refuse_overrides(context)
-    documents = (document for file in files for document in read_text_tree(file))
-    tokenizer = Tokenizer.train((document.text for document in documents), vocab_size)
+    documents = (document for file in files for document in read_documents(file, format="text"))
+    tokenizer = Tokenizer.train(map(text_of, documents), vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out)
     _done(
@@ -471,23 +472,27 @@ def data_inspect(
 @data_app.command("stats")
 def data_stats(
     context: Context,
-    stores: Annotated[list[Path], typer.Argument(help="Token stores, one or more.")],
+    stores: Annotated[list[str], typer.Argument(help="Token stores, one or more.")],
     plot: Annotated[
         Path | None, typer.Option(help="Also draw it, to this .png, .svg or .pdf.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every file, and refuse one that has changed.")
+    ] = False,
 ) -> None:
     """Counts the tokens of stores by role, outcome and length."""
     from agentx.cli.stats import plot_stats, print_stats, read_stats
 
     _refuse_overrides(context)
-    stats = read_stats(stores)
+    stats = read_stats(stores, verify=verify)
     print_stats(stats)
     if plot is not None:
         plot_stats(stats, plot)
     _done(
-        f"That was {', '.join(str(store) for store in stores)}"
+        f"That was {', '.join(stores)}"
+        + (", every file as it was written" if verify else "")
         + (f"; the picture is {plot}" if plot else ""),
-        f"agentx data stats {' '.join(str(store) for store in stores)} --plot stats.png",
+        f"agentx data stats {shlex.join(stores)} --plot stats.png",
     )
 
 

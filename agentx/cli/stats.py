@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,14 +32,19 @@ class StoreStats:
     rewards: np.ndarray
 
 
-def read_stats(paths: Sequence[Path]) -> list[StoreStats]:
+def read_stats(
+    paths: Sequence[str | os.PathLike[str]], *, verify: bool = False
+) -> list[StoreStats]:
     """Of each source of each store; of one that is not complete, of what it holds so far.
 
-    Raises ValueError where one is missing, empty or damaged.
+    verify: read every file, too, and compare it with what was written. Raises ValueError where one
+    is missing, empty or damaged.
     """
     stats = []
     for path in paths:
         store = TokenStore.open(path, partial=True)
+        if verify:
+            store.verify()
         if not len(store):
             raise ValueError(f"{path} holds no document yet")
         name = Path(path).name

@@ -7,7 +7,7 @@ document is that of build.py; what is different is how documents meet:
 2. Filters, signatures and tokens, a document at a time.
 3. Duplicates: documents that share a key of their signatures are grouped and compared.
 4. Where a shard ends follows from the lengths of all documents before, which one worker adds up:
-   16 bytes a document.
+   about 180 bytes a document.
 5. Each shard is written by one worker, and the manifest, at the end, by the machine that asked.
 
 Beam hands documents from worker to worker by its own coders; what is on disk is as everywhere.
@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from agentx.data.build import (
+    RENDERER,
     BeamConfig,
     BuildConfig,
     Left,
@@ -36,9 +37,9 @@ from agentx.data.build import (
     shard_note,
     write_taken,
 )
-from agentx.data.curate import FilterCounts, Pair
+from agentx.data.curate import FilterCounts, Pair, evaluation_notes
 from agentx.data.formats import ReadCounts
-from agentx.data.shards import Document, shard_columns, write_shard
+from agentx.data.shards import Entry, shard_columns, write_shard
 from agentx.data.storage import Storage, to_json
 from agentx.data.store import TokenStore
 
@@ -47,14 +48,14 @@ _FOLDER = "entries"
 
 
 class _Cut(NamedTuple):
-    """The last document of a shard, and what is untold up to there."""
+    """The last document of a shard, and how many are untold up to there."""
 
     last: Number
-    untold: dict[str, int]
+    untold: int
 
 
 def build_on_beam(config: BuildConfig) -> TokenStore:
-    """Builds the store of a config. What an earlier build left is made again, but its order.
+    """Builds the store of a config. All shards are made, also those that an earlier build left.
 
     Raises ValueError where Beam is not installed, and what `build` raises.
     """
@@ -70,6 +71,7 @@ def build_on_beam(config: BuildConfig) -> TokenStore:
         if writer.is_complete:
             return writer.finish()
         storage = Storage(config.out)
+        storage.delete_below(_FOLDER)  # of a build that failed: its entries may be of other shards
         try:
             with beam.Pipeline(runner=where.runner, options=options) as pipeline:
                 _describe(beam, pipeline, config)
@@ -81,7 +83,7 @@ def build_on_beam(config: BuildConfig) -> TokenStore:
         for entry in entries[writer.num_shards :]:
             note = entry.pop("note")
             writer.add_shard(entry, note)
-        store = writer.finish(**tally)
+        store = writer.finish(**tally, **evaluation_notes(config.filters))
         storage.delete_below(_FOLDER)
         return store
 
@@ -122,11 +124,10 @@ def _describe(beam: Any, pipeline: Any, config: BuildConfig) -> None:
         [
             read.counts | "read counts" >> beam.Map(lambda counts: Tally(counts)),
             prepared | "filter counts" >> beam.Map(lambda p: _tally(p[1])),
-            prepared | "untold" >> beam.FlatMap(_untold, config),
         ]
         | beam.Flatten()
         | "add up" >> beam.CombineGlobally(_sum)
-        | "write tally" >> beam.Map(_write_tally, config.out)
+        | "write tally" >> beam.Map(_write_tally, config)
     )
 
 
@@ -160,7 +161,7 @@ def _duplicates(beam: Any, prepared: Any, config: BuildConfig) -> Any:
         | "pairs" >> beam.FlatMapTuple(lambda key, group: deduplicate.pairs_in(group))
         | "by later" >> beam.Map(lambda pair: (pair.number, pair))
         | "pairs of one" >> beam.GroupByKey()
-        | "first pair" >> beam.MapTuple(lambda number, found: deduplicate.first_of(found))
+        | "first pair" >> beam.MapTuple(lambda number, found: min(found))
     )
     names = prepared | "names" >> beam.MapTuple(lambda number, one: (number, one.name))
     by_first = pairs | "by first" >> beam.Map(lambda pair: (pair.first, pair))
@@ -197,20 +198,22 @@ def _length(numbered: tuple[Number, Prepared]) -> Iterator[tuple[Number, int]]:
     """The tokens of a document that is kept, -1 for one that can't be told."""
     number, one = numbered
     if one.left is None:
-        yield number, -1 if one.trajectory is None else len(one.trajectory)
+        assert one.trajectory is not None
+        yield number, len(one.trajectory)
+    elif one.left.filter == RENDERER:
+        yield number, -1
 
 
 def _cuts(lengths: Iterable[tuple[Number, int]], config: BuildConfig) -> list[_Cut]:
     """Where shards end, all but the last: with the document that fills them."""
-    cuts, tokens = [], 0
-    untold: collections.Counter[str] = collections.Counter()
+    cuts, tokens, untold = [], 0, 0
     for number, length in sorted(lengths):
         if length < 0:
-            untold[config.untold] += 1
+            untold += 1
         else:
             tokens += length
             if tokens >= config.shard_tokens:
-                cuts.append(_Cut(number, dict(untold)))
+                cuts.append(_Cut(number, untold))
                 tokens = 0
     return cuts
 
@@ -227,7 +230,7 @@ def _write(numbered: tuple[int, Iterable[Prepared]], config: BuildConfig, cuts: 
     lines = (one.left.line(one.name) for one in ordered if one.left is not None)
     write_taken(config.out, shard, lines)
     documents = [
-        Document(one.trajectory, one.number[0])
+        Entry(one.trajectory, one.number[0])
         for one in ordered
         if one.left is None and one.trajectory is not None
     ]
@@ -239,7 +242,8 @@ def _write(numbered: tuple[int, Iterable[Prepared]], config: BuildConfig, cuts: 
 
 
 def _tally(one: Prepared) -> Tally:
-    return Tally(filters=_counts(one), kinds=collections.Counter({one.kind: 1}))
+    untold = one.left is not None and one.left.filter == RENDERER
+    return Tally(filters=_counts(one), kinds=collections.Counter({one.kind: 1}), untold=int(untold))
 
 
 def _counts(one: Prepared) -> FilterCounts:
@@ -251,11 +255,6 @@ def _counts(one: Prepared) -> FilterCounts:
     return counts
 
 
-def _untold(numbered: tuple[Number, Prepared], config: BuildConfig) -> Iterator[Tally]:
-    if any(length < 0 for _, length in _length(numbered)):
-        yield Tally(ReadCounts(skipped=collections.Counter({config.untold: 1}), kept=-1))
-
-
 def _sum(tallies: Iterable[Tally]) -> Tally:
     total = Tally()
     for tally in tallies:
@@ -264,11 +263,12 @@ def _sum(tallies: Iterable[Tally]) -> Tally:
             setattr(total.reads, field.name, both)
         total.filters += tally.filters
         total.kinds += tally.kinds
+        total.untold += tally.untold
     return total
 
 
-def _write_tally(tally: Tally, out: str) -> None:
-    Storage(out).write(f"{_FOLDER}/tally.json", to_json(tally.notes({})))
+def _write_tally(tally: Tally, config: BuildConfig) -> None:
+    Storage(config.out).write(f"{_FOLDER}/tally.json", to_json(tally.notes(config)))
 
 
 def _read(storage: Storage, key: str) -> bytes:

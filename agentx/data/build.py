@@ -10,8 +10,9 @@ kept, skipped (they could not be read or told) or filtered, each with its reason
                   after a kill
 
 The order is that of the inputs, whatever the number of processes, and so is every byte that is
-written; beam.py does the same on many machines. What filters left out is in STORE/taken/, a line of
-JSON a document: its name, the filter, the reason and the evidence.
+written; beam.py does the same on many machines. What filters left out, or the renderer could not
+tell, is in STORE/taken/, a line of JSON a document: its name, the filter, the reason and the
+evidence.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from agentx.data.curate import (
@@ -31,6 +32,7 @@ from agentx.data.curate import (
     FilterCounts,
     Signature,
     Taken,
+    evaluation_notes,
     run_filters,
 )
 from agentx.data.formats import (
@@ -51,6 +53,8 @@ from agentx.tokenizer import Tokenizer
 from agentx.trajectory import Markers, Trajectory
 
 Format = Literal["tool", "chatml", "llama3", "qwen3", "hermes"]
+# What `Left.filter` says where no filter left a document out.
+RENDERER = "renderer"
 # Of an input among the inputs, and of a document in it.
 Number = tuple[int, int]
 
@@ -129,9 +133,16 @@ class Numbered(NamedTuple):
     def name(self) -> str:
         return self.document.name
 
+    @property
+    def num_characters(self) -> int:
+        return self.document.num_characters
+
 
 class Left(NamedTuple):
-    """Why a document is left out: which filter says so, under which reason, on what evidence."""
+    """Why a document is left out: which filter says so, under which reason, on what evidence.
+
+    filter: `RENDERER` where it is the renderer, which can't tell the document.
+    """
 
     filter: str
     reason: str
@@ -145,9 +156,8 @@ class Left(NamedTuple):
 class Prepared(NamedTuple):
     """What can be said of a document by itself.
 
-    kind: "text" or "conversation". counts: of its filters, of which `left` is what the last one
-    said. trajectory: None where a filter left it out, the renderer can't tell it (`untold` is its
-    sentence), or it is written.
+    kind: "text" or "conversation". counts: of its filters. left: what the last of them, or the
+    renderer, said. trajectory: None where it is left out, or written.
     """
 
     number: Number
@@ -157,7 +167,6 @@ class Prepared(NamedTuple):
     left: Left | None
     signature: Signature | None
     trajectory: Trajectory | None
-    untold: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,14 +187,15 @@ class Prepare:
         signature = config.deduplicate.signature(result) if config.deduplicate else None
         if is_written:
             return Prepared(number, document.name, kind, counts, None, signature, None)
+        renderer = load_renderer(config.tokenizer, config.renderer)
         try:
-            renderer = load_renderer(config.tokenizer, config.renderer)
-            trajectory, untold = trajectory_of(result, renderer), ""
+            trajectory = trajectory_of(result, renderer)
         except ValueError as error:
             if config.on_error == "raise":
                 raise
-            trajectory, untold = None, str(error)
-        return Prepared(number, document.name, kind, counts, None, signature, trajectory, untold)
+            left = Left(RENDERER, config.untold, (str(error),))
+            return Prepared(number, document.name, kind, counts, left, signature, None)
+        return Prepared(number, document.name, kind, counts, None, signature, trajectory)
 
 
 def trajectory_of(document: Document, renderer: Renderer) -> Trajectory:
@@ -226,10 +236,14 @@ def read_inputs(
 
 
 def open_writer(config: BuildConfig) -> StoreWriter:
-    """Begins the store of a config, or goes on with it where nothing has changed."""
-    tokenizer = Tokenizer.load(config.tokenizer)
+    """Begins the store of a config, or goes on with it where nothing has changed.
+
+    Raises ValueError also where the renderer can't be loaded: here it is said once.
+    """
+    load_renderer.cache_clear()  # the file may be another one by now
+    tokenizer = load_renderer(config.tokenizer, config.renderer).tokenizer
     filters, deduplicate = config.filters, config.deduplicate
-    reads = [(i.format, i.field, i.trace, i.pattern) for i in config.inputs]
+    reads = [dataclasses.astuple(given) for given in config.inputs]
     return StoreWriter(
         config.out,
         tokenizer.fingerprint,
@@ -249,35 +263,31 @@ def open_writer(config: BuildConfig) -> StoreWriter:
 
 
 def _identified(config: BuildConfig) -> dict[str, list[Any]]:
-    """Size and checksum of every file that the store is made from, by name."""
-    found: dict[str, list[Any]] = {}
-    for given in config.inputs:  # by path: two of them may hold files of one name
-        for name, size, checksum in identify(given.path, given.pattern):
-            path = given.path if given.path.endswith(name) else f"{given.path}: {name}"
-            found[path] = [size, checksum]
+    """Size and checksum of every file that the store is made from, by path."""
+    asked = [(given.path, given.pattern) for given in config.inputs]
     for filter in config.filters:
-        for path in getattr(filter, "files", ()):
-            for name, size, checksum in identify(path):
-                found[f"{type(filter).__name__}: {name}"] = [size, checksum]
-    return found
+        asked += ((path, "*") for path in getattr(filter, "files", ()))
+    return {path: [size, checksum] for given in asked for path, size, checksum in identify(*given)}
 
 
 @dataclasses.dataclass
 class Tally:
-    """What became of all documents."""
+    """What became of all documents. untold: those that the renderer could not tell."""
 
     reads: ReadCounts = dataclasses.field(default_factory=ReadCounts)
     filters: FilterCounts = dataclasses.field(default_factory=FilterCounts)
     kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    untold: int = 0
 
-    def notes(self, untold: Mapping[str, int]) -> dict[str, Any]:
-        """How the manifest says it. untold: what was read but could not be told, by reason."""
+    def notes(self, config: BuildConfig) -> dict[str, Any]:
+        """How the manifest says it."""
         filtered = {f"{row.filter}: {row.reason}": row.documents for row in self.filters.rows}
+        untold = collections.Counter({config.untold: self.untold} if self.untold else {})
         return {
             "read": self.reads.read,
             "kinds": dict(sorted(self.kinds.items())),
-            "kept": self.reads.kept - sum(filtered.values()) - sum(untold.values()),
-            "skipped": dict(sorted((self.reads.skipped + collections.Counter(untold)).items())),
+            "kept": self.reads.kept - sum(filtered.values()) - self.untold,
+            "skipped": dict(sorted((self.reads.skipped + untold).items())),
             "filtered": filtered,
             "changed": dict(sorted(self.filters.changed.items())),
         }
@@ -296,26 +306,31 @@ def describe(notes: dict[str, Any]) -> str:
         f"{sum(notes['filtered'].values()):,} filtered" + listed(notes["filtered"]),
     ]
     kinds = {f"{kind}s" if n != 1 else kind: n for kind, n in notes["kinds"].items()}
-    return f"{notes['read']:,} records read{listed(kinds)} = {' + '.join(parts)}"
+    items = listed(notes.get("evaluation", {}), "{n:,} evaluation items {name}")
+    return f"{notes['read']:,} records read{listed(kinds)} = {' + '.join(parts)}{items}"
 
 
 def build(
     config: BuildConfig, on_document: Callable[[int, int], None] = lambda documents, tokens: None
 ) -> TokenStore:
-    """Builds the store of a config, or what is left of it to build.
+    """Builds the store of a config, or what is left of it to build; on Beam where it says so.
 
     on_document: called with the documents seen so far and the tokens of the one that was just
-    written. Raises ValueError for what can't be read, and OSError for what can't be written.
+    written; Beam calls nobody. Raises ValueError for what can't be read, and OSError for what can't
+    be written.
     """
+    if config.beam is not None:
+        from agentx.data.beam import build_on_beam
+
+        return build_on_beam(config)
     with open_writer(config) as writer:
         if writer.is_complete:
             return writer.finish()
         written, tally = (-1, -1), Tally()
-        untold: collections.Counter[str] = collections.Counter()
         if writer.notes:
             source, place = writer.notes[-1]["last"]
             written = source, place
-            untold.update(writer.notes[-1]["untold"])
+            tally.untold = writer.notes[-1]["untold"]
         documents = read_inputs(config, tally.reads, written)
         prepared = encode_parallel(documents, Prepare(config), config.num_processes)
         taken: list[bytes] = []
@@ -323,17 +338,16 @@ def build(
             if one.number > written:
                 if one.left is not None:
                     taken.append(one.left.line(one.name))
-                elif one.trajectory is None:
-                    untold[config.untold] += 1
-                else:
+                    tally.untold += one.left.filter == RENDERER
+                elif one.trajectory is not None:
                     writer.add(one.trajectory, one.number[0])
                     on_document(seen, len(one.trajectory))
                     if writer.is_full:
                         write_taken(config.out, writer.num_shards, taken)
                         taken = []
-                        writer.write_shard(shard_note(one.number, untold))
+                        writer.write_shard(shard_note(one.number, tally.untold))
         write_taken(config.out, writer.num_shards, taken)
-        return writer.finish(**tally.notes(untold))
+        return writer.finish(**tally.notes(config), **evaluation_notes(config.filters))
 
 
 def _deduplicated(
@@ -353,9 +367,9 @@ def _deduplicated(
         yield one
 
 
-def shard_note(last: Number, untold: Mapping[str, int]) -> dict[str, Any]:
-    """What a build needs to go on behind a shard: its last document, and what is untold so far."""
-    return {"last": list(last), "untold": dict(untold)}
+def shard_note(last: Number, untold: int) -> dict[str, Any]:
+    """What a build needs to go on behind a shard: its last document, and how many are untold."""
+    return {"last": list(last), "untold": untold}
 
 
 def write_taken(store: str, shard: int, lines: Iterable[bytes]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from agentx.data.shards import CHUNK, COLUMNS, open_column
-from agentx.data.storage import Storage, wait
+from agentx.data.storage import Damaged, Storage, wait
 
 # What a reader keeps of chunks in memory.
 _CACHE_BYTES = 1 << 30
@@ -85,9 +85,7 @@ class Chunks:
         name = self._storage.name(f"{self._shards[shard]}/{column}")
         try:
             found: np.ndarray = wait(future, f"read {name}")
-        except TimeoutError:
-            raise
-        except OSError as error:
+        except Damaged as error:
             raise ValueError(
                 f"{name} is damaged or gone ({error}): build the store again"
             ) from None

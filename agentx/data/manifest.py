@@ -9,7 +9,7 @@ from typing import Any
 
 from agentx.data.storage import Storage
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 

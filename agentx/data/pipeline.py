@@ -17,10 +17,9 @@ Shares are of the stores' own tokens, before an objective adds some.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import grain
@@ -29,11 +28,13 @@ import numpy as np
 from agentx.batch import Batch
 from agentx.data.objectives import Example, Objective, random_generator
 from agentx.data.pack import pack_rows
-from agentx.data.plan import Plan, plan_of
+from agentx.data.plan import Plan, plan_of, pools_of
 from agentx.data.store import TokenStore
 
 # The stream of random numbers that seeds the sources; objectives have their own.
 _SOURCE = 2
+# Batches that are made before they are asked for.
+_AHEAD = 2
 # More draws than any run makes of one source.
 _ENDLESS = 1 << 40
 
@@ -53,7 +54,10 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Shares that hold up to a share of training, in the order of the sources; 0 leaves one out."""
+    """Shares that hold up to a share of training, in the order of the sources; 0 leaves one out.
+
+    until: the first step that is not of the stage is the first at which step / num_steps is that.
+    """
 
     until: float
     shares: tuple[float, ...]
@@ -144,14 +148,8 @@ class MixturePipeline:
                 f"objective of dataset {number}": repr(source.objective),
                 f"plan of dataset {number}": plan.fingerprint,
             }
-            for path in _stores_of(source.objective):
-                found = TokenStore.open(path).fingerprint
+            for path, found in pools_of(source.store, source.objective).items():
                 self.identity[f"store {path} that dataset {number} draws from"] = found
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the identity."""
-        return hashlib.sha256(repr(self.identity).encode()).hexdigest()
 
     def draws(self, step: int, host: int = 0, num_hosts: int = 1) -> list[Draw]:
         """Which row of which source fills each row of a batch, or of a host's part of it."""
@@ -223,7 +221,7 @@ class MixturePipeline:
             ]
             parts.append(_Part(first, tuple(taken), _mix(weights), stage.shares))
             if stage is not stages[-1]:
-                end = round(stage.until * self._num_steps) * self.rows_per_batch
+                end = _first_step(stage.until, self._num_steps) * self.rows_per_batch
                 for source, count in parts[-1].counts(end - first).items():
                     taken[source] += count
                 first = end
@@ -255,6 +253,14 @@ class _Part:
         return counts
 
 
+def _first_step(until: float, num_steps: int) -> int:
+    """The first step at which a stage or a schedule has got to `until`, a share of training."""
+    step = max(round(until * num_steps) - 1, 0)
+    while step / num_steps < until:
+        step += 1
+    return step
+
+
 def _mix(weights: Sequence[float]) -> Any:
     total = sum(weights)
     chosen = [number for number, weight in enumerate(weights) if weight > 0]
@@ -263,17 +269,6 @@ def _mix(weights: Sequence[float]) -> Any:
         for number in chosen
     ]
     return grain.MapDataset.mix(counted, weights=[weights[n] / total for n in chosen])
-
-
-def _stores_of(objective: Any) -> Iterator[str]:
-    """The paths of the stores that an objective, and those in it, draw from."""
-    for field in dataclasses.fields(objective):
-        value = getattr(objective, field.name)
-        if field.name in ("pool", "store") and value:
-            yield value
-        for inner in value if isinstance(value, tuple) else (value,):
-            if dataclasses.is_dataclass(inner):
-                yield from _stores_of(inner)
 
 
 def _check_stages(sources: Sequence[Source], stages: Sequence[Stage]) -> None:
@@ -306,15 +301,14 @@ def prefetch(
     start: int,
     stop: int,
     *,
-    depth: int = 2,
     timeout_s: float = 120.0,
 ) -> Generator[tuple[int, Batch], None, None]:
     """Yields `(step, make_batch(step))` for the steps, made ahead of time by one thread.
 
-    `depth` batches wait at most. An error in `make_batch` is raised here. Raises TimeoutError,
+    Two batches wait at most. An error in `make_batch` is raised here. Raises TimeoutError,
     which says what was waited for, where a batch takes longer than `timeout_s` seconds.
     """
-    ready: queue.Queue[tuple[int, Batch | BaseException]] = queue.Queue(depth)
+    ready: queue.Queue[tuple[int, Batch | BaseException]] = queue.Queue(_AHEAD)
     closed = threading.Event()
 
     def produce() -> None:

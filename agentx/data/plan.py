@@ -15,7 +15,7 @@ import heapq
 import io
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from agentx.data.storage import Storage
 from agentx.data.store import TokenStore
 
 # It changes with the way in which rows are planned, so that a plan of another way is not taken.
-_VERSION = 2
+_VERSION = 3
 # Rows are dissolved until they are as full as this.
 _FULL = 0.985
 # No shorter piece is made to fill a row: it would see too little of what came before.
@@ -117,8 +117,29 @@ def plan_of(store: TokenStore, objective: Objective, length: int) -> Plan:
 
 
 def _fingerprint(store: TokenStore, objective: Objective, length: int) -> str:
-    content = repr((_VERSION, store.fingerprint, objective, length))
+    # The room that an objective asks for may depend on what is in its pools.
+    pools = pools_of(store, objective)
+    content = repr((_VERSION, store.fingerprint, objective, pools, length))
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def pools_of(store: TokenStore, objective: Objective) -> dict[str, str]:
+    """The fingerprint, by path, of each store that an objective, or one in it, draws from.
+
+    Raises ValueError for one that is not of the tokenizer of `store`.
+    """
+    tokenizer: str = store.manifest["tokenizer_fingerprint"]
+    return {path: TokenStore.open(path, tokenizer).fingerprint for path in _paths_in(objective)}
+
+
+def _paths_in(objective: Any) -> Iterator[str]:
+    for field in dataclasses.fields(objective):
+        value = getattr(objective, field.name)
+        if field.name in ("pool", "store") and value:
+            yield value
+        for inner in value if isinstance(value, tuple) else (value,):
+            if dataclasses.is_dataclass(inner):
+                yield from _paths_in(inner)
 
 
 class _Piece(NamedTuple):
@@ -227,6 +248,7 @@ def _scatter(
                 for entry in popped:
                     heapq.heappush(rooms, entry)
                 return None
+            assert end - begin > 1, "a part of one token predicts nothing and leaves as much to do"
             part = piece._replace(begin=begin, end=end)
             moved.append((part, row))
             before.setdefault(row, sizes[row])

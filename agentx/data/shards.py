@@ -41,14 +41,14 @@ COLUMNS: dict[str, tuple[str, int]] = {
 TOKEN_END, SPAN_END, TASK_END, PROMPT_SPANS, GROUP, SOURCE = range(6)
 
 
-class Document(NamedTuple):
+class Entry(NamedTuple):
     """A trajectory and the number of the source that it came from."""
 
     trajectory: Trajectory
     source: int
 
 
-def shard_columns(documents: Sequence[Document]) -> dict[str, np.ndarray]:
+def shard_columns(documents: Sequence[Entry]) -> dict[str, np.ndarray]:
     """The columns of these documents, each of which has tokens."""
     ids: list[np.ndarray] = []
     spans: list[tuple[int, int, int, int]] = []
@@ -104,7 +104,11 @@ def write_shard(storage: Storage, number: int, columns: dict[str, np.ndarray]) -
 
 def open_column(storage: Storage, shard: str, column: str) -> Any:
     """A column of a shard as a TensorStore."""
-    spec = {"driver": "zarr3", "kvstore": storage.array_spec(f"{shard}/{column}")}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": storage.array_spec(f"{shard}/{column}"),
+        "fill_missing_data_reads": False,  # a file that is gone is an error, not zeros
+    }
     return wait(tensorstore.open(spec, read=True), f"open {storage.name(shard)}/{column}")
 
 
@@ -125,6 +129,7 @@ def _create_spec(name: str, length: int) -> dict[str, Any]:
     }
     return {
         "driver": "zarr3",
+        "store_data_equal_to_fill_value": True,
         "metadata": {
             "shape": [length, *rest],
             "data_type": dtype,

@@ -11,18 +11,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import urllib.parse
 from pathlib import Path
 from typing import Any
 
 import tensorstore
 
+from agentx.data.formats.places import endpoint_of, scheme_of
+
 WAIT_S = 120.0
-REMOTE = ("gs://", "s3://")
+# What TensorStore says of a value that is not what was written, or not there.
+_DAMAGED = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "FAILED_PRECONDITION")
+# What it adds behind its sentence: [key='value'], for whoever mends TensorStore.
+_ADDED = re.compile(r"(\s*\[[\w ]+='([^'\\]|\\.)*'\])+\s*$", re.DOTALL)
 
 
 class Changed(ValueError):
     """A value is not what it was when it was last read: somebody else writes here too."""
+
+
+class Damaged(OSError):
+    """A value is gone, or is not what was written."""
 
 
 class Storage:
@@ -30,9 +41,11 @@ class Storage:
 
     def __init__(self, path: str | os.PathLike[str]):
         """Raises ValueError for a path that no driver reads."""
-        self.path = os.fspath(path).rstrip("/")
-        self.is_local = not self.path.startswith(REMOTE)
-        self._spec = _local(self.path) if self.is_local else _remote(self.path)
+        given = os.fspath(path)
+        scheme = scheme_of(given)
+        self.path = given.rstrip("/") or given[:1]
+        self.is_local = not scheme
+        self._spec = _remote(scheme, given) if scheme else _local(self.path)
         self._values: Any = None
 
     def __str__(self) -> str:
@@ -80,13 +93,13 @@ class Storage:
         return Path(self.path, key).stat().st_size if self.is_local else None
 
     def delete_below(self, folder: str) -> None:
-        """Deletes every value below a folder."""
+        """Deletes every value below a folder, if there is one."""
+        if self.is_local:  # TensorStore would leave folders, and what a killed writer left
+            if Path(self.path, folder).is_dir():
+                shutil.rmtree(Path(self.path, folder))
+            return
         span = tensorstore.KvStore.KeyRange(f"{folder}/", f"{folder}0")
         self._wait(self._opened().delete_range(span), "delete", folder)
-        if self.is_local:  # TensorStore knows keys, not folders
-            for found in sorted(Path(self.path, folder).rglob("*"), reverse=True):
-                found.rmdir()
-            Path(self.path, folder).rmdir()
 
     def _opened(self) -> Any:
         if self._values is None:
@@ -100,33 +113,36 @@ class Storage:
 def wait(future: Any, what: str) -> Any:
     """The result of a TensorStore future. `what` is an infinitive: "read FILE".
 
-    Raises TimeoutError, and OSError for everything that the service or the disk refused.
+    Raises TimeoutError, Damaged, and OSError for everything else that service or disk refused.
     """
     try:
         return future.result(timeout=WAIT_S)
     except TimeoutError:
         raise TimeoutError(f"waited {WAIT_S:g} s to {what}") from None
     except ValueError as error:
-        reason = " ".join(str(error).split("[")[0].split())
-        raise OSError(f"cannot {what}: {reason}") from None
+        reason = " ".join(_ADDED.sub("", str(error)).split())
+        kind = Damaged if reason.startswith(_DAMAGED) else OSError
+        raise kind(f"cannot {what}: {reason}") from None
 
 
 def _local(path: str) -> dict[str, Any]:
-    return {"driver": "file", "path": f"{Path(path).absolute()}/"}
+    return {"driver": "file", "path": f"{Path(path).absolute()}/".replace("//", "/")}
 
 
-def _remote(path: str) -> dict[str, Any]:
+def _remote(scheme: str, path: str) -> dict[str, Any]:
     """The spec of a bucket's folder."""
-    service, _, rest = path.partition("://")
-    bucket, _, folder = rest.partition("/")
+    bucket, _, folder = path[len(f"{scheme}://") :].rstrip("/").partition("/")
+    if not bucket:
+        raise ValueError(f"{path} names no bucket: write {scheme}://BUCKET/FOLDER")
     spec: dict[str, Any] = {"bucket": bucket, "path": f"{folder}/" if folder else ""}
-    if service == "gs":
+    endpoint = endpoint_of(scheme)
+    if scheme == "gs":
         spec["driver"] = "gcs"
-        if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
-            os.environ["TENSORSTORE_GCS_HTTP_URL"] = emulator
+        if endpoint:  # the one way to tell TensorStore
+            os.environ["TENSORSTORE_GCS_HTTP_URL"] = endpoint
     else:
         spec["driver"] = "s3"
-        if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
+        if endpoint:
             host = urllib.parse.urlsplit(endpoint).netloc
             spec |= {"endpoint": endpoint, "host_header": host}
             spec["aws_region"] = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")

@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -47,7 +48,7 @@ from agentx.data.shards import (
     SPAN_END,
     TASK_END,
     TOKEN_END,
-    Document,
+    Entry,
     shard_columns,
     write_shard,
 )
@@ -56,8 +57,12 @@ from agentx.trajectory import OUR_MARKERS, Markers, Outcome, Role, SpanTable, Tr
 
 _INPUTS = "inputs.json"
 _LOCK = "writer.lock"
-# What the names of our own folders in a store begin with.
-_OURS = ("shard-", "plans", "taken", "entries")
+# What else is in a store: shards, row plans (plan.py), what filters left out (build.py), and what
+# workers of Beam leave (beam.py).
+_OURS = re.compile(
+    r"shard-\d{5,}-[0-9a-f]{12}/.+|plans/[0-9a-f]{32}\.npz|taken/\d{5,}\.jsonl|"
+    r"entries/(\d{5,}|tally)\.json"
+)
 
 # Tokens of a shard, about: it ends with the document that reaches them. A writer holds one.
 SHARD_TOKENS = 1 << 25
@@ -106,7 +111,7 @@ class StoreWriter:
         except BaseException:
             self._unlock()
             raise
-        self._waiting: list[Document] = []
+        self._waiting: list[Entry] = []
         self._waiting_tokens = 0
         self.num_documents = self._added = sum(s["trajectories"] for s in self._shards)
         self.notes: list[Any] = [shard["note"] for shard in self._shards]
@@ -119,20 +124,24 @@ class StoreWriter:
         self.is_complete = found is not None and found["complete"]
         if self.is_complete and inputs is None:
             raise ValueError(f"{storage} already holds a store: delete it or write elsewhere")
-        folders = {key.split("/")[0] for key in storage.list_keys() - {MANIFEST, _INPUTS, _LOCK}}
-        if any(not folder.startswith(_OURS) for folder in folders):
-            raise ValueError(f"{storage} holds other things than a store: write elsewhere")
+        others = sorted(
+            key
+            for key in storage.list_keys() - {MANIFEST, _INPUTS, _LOCK}
+            if not _OURS.fullmatch(key)
+        )
+        if others:
+            raise ValueError(
+                f"{storage} holds other things than a store, {others[0]} for one: write elsewhere"
+            )
         if found is None or inputs is None or not found["shards"]:
+            self._write_manifest([], is_complete=False, notes={})
             storage.write(_INPUTS, to_json(inputs or {}))
-            self._write_manifest(is_complete=False, notes={})
+            for folder in ("taken", "entries"):  # of a writer that got to no shard
+                storage.delete_below(folder)
         else:
             before, _ = storage.read(_INPUTS)
             refuse_changes(storage, found, self._about, json.loads(before or b"{}"), inputs)
             self._shards = found["shards"]
-        if not self.is_complete:  # what a writer was at when it stopped
-            for folder in sorted(folders - {shard["name"] for shard in self._shards}):
-                if folder.startswith("shard-"):
-                    storage.delete_below(folder)
 
     def __enter__(self) -> Self:
         return self
@@ -140,11 +149,14 @@ class StoreWriter:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """A writer that is stopped before its first shard leaves nothing behind."""
-        with contextlib.suppress(OSError):
+        """A writer that is stopped before its first shard leaves no store behind.
+
+        What filters left out stays, for it says why a store is empty.
+        """
+        with contextlib.suppress(OSError, Changed):
             if error is not None and not self._shards:
-                for key in (MANIFEST, _INPUTS):
-                    self._storage.write(key, None)
+                self._storage.write(MANIFEST, None, if_equal=self._generation)
+                self._storage.write(_INPUTS, None)
         self._unlock()
 
     @property
@@ -162,7 +174,7 @@ class StoreWriter:
         if not len(trajectory):
             raise ValueError(f"trajectory {self._added} ({trajectory.task_id!r}) has no tokens")
         self._added += 1
-        self._waiting.append(Document(trajectory, source))
+        self._waiting.append(Entry(trajectory, source))
         self._waiting_tokens += len(trajectory)
 
     def write_shard(self, note: Any = None) -> None:
@@ -176,8 +188,7 @@ class StoreWriter:
 
     def add_shard(self, entry: dict[str, Any], note: Any = None) -> None:
         """The next shard, which was written already (`write_shard` of shards.py)."""
-        self._shards.append({**entry, "note": note})
-        self._write_manifest(is_complete=False, notes={})
+        self._write_manifest([*self._shards, {**entry, "note": note}], is_complete=False, notes={})
 
     def finish(self, note: Any = None, **notes: Any) -> TokenStore:
         """Writes what is left and marks the store as complete. notes: more for the manifest."""
@@ -186,11 +197,26 @@ class StoreWriter:
                 self.write_shard(note)
             if not self._shards:
                 raise ValueError(f"nothing to write to {self._storage}: the data set is empty")
-            self._write_manifest(is_complete=True, notes=notes)
+            self._write_manifest(self._shards, is_complete=True, notes=notes)
+            self._delete_other_shards()
         return TokenStore.open(self._storage.path)
 
-    def _write_manifest(self, *, is_complete: bool, notes: dict[str, Any]) -> None:
-        made = make_manifest(self._about, self._shards, is_complete=is_complete, notes=notes)
+    def _delete_other_shards(self) -> None:
+        """Deletes what writers were at that stopped.
+
+        Not before the store is complete: until then another one may be writing them to a bucket.
+        """
+        found = {key.split("/")[0] for key in self._storage.list_keys()}
+        others = found - {shard["name"] for shard in self._shards}
+        for folder in sorted(others):
+            if folder.startswith("shard-"):
+                self._storage.delete_below(folder)
+
+    def _write_manifest(
+        self, shards: list[dict[str, Any]], *, is_complete: bool, notes: dict[str, Any]
+    ) -> None:
+        """Has the manifest name these shards, and goes on from them."""
+        made = make_manifest(self._about, shards, is_complete=is_complete, notes=notes)
         try:
             self._generation = self._guarded(
                 lambda: self._storage.write(MANIFEST, to_json(made), if_equal=self._generation)
@@ -199,6 +225,7 @@ class StoreWriter:
             raise ValueError(
                 f"{self._storage} is being written by somebody else too: this writer stops"
             ) from None
+        self._shards = shards
 
     def _guarded(self, write: Any) -> Any:
         try:
@@ -221,7 +248,7 @@ class StoreWriter:
 class TokenStore:
     """A read-only sequence of trajectories.
 
-    In memory are 52 bytes a trajectory, and up to a gigabyte of the chunks that were read last.
+    In memory are 116 bytes a trajectory, and up to a gigabyte of the chunks that were read last.
 
     lengths: i64[len(store)], the number of tokens of each trajectory. num_tokens: their sum.
     fingerprint: sha256 over the files' own and the tokenizer's: equal where all is equal.
@@ -257,23 +284,18 @@ class TokenStore:
         path: PathLike,
         trajectories: Iterable[Trajectory],
         tokenizer_fingerprint: str,
-        *,
-        inputs_fingerprint: str = "",
     ) -> TokenStore:
         """Writes a new store and opens it. Trajectories are taken one by one, never all at once.
 
-        What a writer that was killed left at `path` is gone on with where it had the same inputs,
-        as their fingerprint says, and is replaced where there is none. Raises ValueError where
-        `path` already holds a complete store or other files, and for a trajectory without tokens or
-        no trajectory at all.
+        What a writer that was killed left at `path` is replaced. Raises ValueError where `path`
+        already holds a complete store or other files, and for a trajectory without tokens or no
+        trajectory at all.
         """
-        made_from = {"inputs fingerprint": inputs_fingerprint} if inputs_fingerprint else None
-        with StoreWriter(path, tokenizer_fingerprint, made_from=made_from) as writer:
-            for number, trajectory in enumerate(trajectories):
-                if number >= writer.num_documents:
-                    writer.add(trajectory)
-                    if writer.is_full:
-                        writer.write_shard()
+        with StoreWriter(path, tokenizer_fingerprint) as writer:
+            for trajectory in trajectories:
+                writer.add(trajectory)
+                if writer.is_full:
+                    writer.write_shard()
             return writer.finish()
 
     @classmethod
@@ -282,14 +304,13 @@ class TokenStore:
         path: PathLike,
         tokenizer_fingerprint: str | None = None,
         *,
-        inputs_fingerprint: str | None = None,
         partial: bool = False,
     ) -> TokenStore:
         """Opens a store, having looked for every file that the manifest names.
 
         partial: open the complete shards of a store that isn't, too. Raises ValueError, in one
         sentence, where there is no complete store, a file is missing or has another size, or it was
-        written with another tokenizer or from other inputs than those given.
+        written with another tokenizer than the one given.
         """
         storage = Storage(path)
         manifest = read_manifest(storage)[0]
@@ -300,19 +321,12 @@ class TokenStore:
                 f"{storage} is not complete: it holds {manifest['num_trajectories']} documents so "
                 "far; run what builds it again"
             )
-        for what, found, asked in (
-            ("with another tokenizer", manifest["tokenizer_fingerprint"], tokenizer_fingerprint),
-            (
-                "from other inputs",
-                manifest["made_from"].get("inputs fingerprint", ""),
-                inputs_fingerprint,
-            ),
-        ):
-            if asked is not None and asked != found:
-                raise ValueError(
-                    f"{storage} was written {what} (fingerprint {found[:12]}, "
-                    f"not {asked[:12]}): build it again"
-                )
+        found = manifest["tokenizer_fingerprint"]
+        if tokenizer_fingerprint is not None and tokenizer_fingerprint != found:
+            raise ValueError(
+                f"{storage} was written with another tokenizer (fingerprint {found[:12]}, "
+                f"not {tokenizer_fingerprint[:12]}): build it again"
+            )
         keys = storage.list_keys()
         for key, expected in files_of(manifest):
             if key not in keys:

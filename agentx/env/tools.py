@@ -22,6 +22,7 @@ _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "object": (dict,),
     "array": (list,),
+    "any": (object,),
 }
 
 
@@ -53,7 +54,7 @@ def check_arguments(spec: ToolSpec, arguments: dict[str, Any]) -> None:
     for parameter in spec.parameters:
         value = arguments[parameter.name]
         right = isinstance(value, _PYTHON_TYPES[parameter.type])
-        if not right or (isinstance(value, bool) and parameter.type != "boolean"):
+        if not right or (isinstance(value, bool) and parameter.type not in ("boolean", "any")):
             raise ToolError(f"error: {parameter.name} is no {parameter.type}")
 
 

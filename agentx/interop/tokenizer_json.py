@@ -33,8 +33,9 @@ def to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     One that was read from a tokenizer.json stays what it was, with the markers behind its
     vocabulary, and without what agentx.tokenizer.tokenizer_json leaves out.
 
-    Its ids are those of `tokenizer.encode`, save that markers in the text become their ids and
-    U+FDD0, which Unicode keeps free of meaning, is dropped.
+    Its ids are those of `tokenizer.encode`, save that markers in the text become their ids,
+    U+FDD0, which Unicode keeps free of meaning, is dropped, and one with byte fallback that others
+    made reads U+2581 as the space that it stands for there.
     """
     added = [AddedToken(name, normalized=False, special=True) for name in tokenizer.special]
     file = tokenizer.pipeline()

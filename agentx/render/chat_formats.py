@@ -78,7 +78,9 @@ def tool_schemas(tools: Sequence[ToolSpec]) -> list[dict[str, Any]]:
                 "description": tool.description,
                 "parameters": {
                     "type": "object",
-                    "properties": {p.name: {"type": p.type} for p in tool.parameters},
+                    "properties": {
+                        p.name: {} if p.type == "any" else {"type": p.type} for p in tool.parameters
+                    },
                 },
             },
         }
@@ -277,7 +279,7 @@ class _Hermes(_ChatML):
     def _tool(function: dict[str, Any]) -> str:
         """As published: a signature in the description, and one brace less than JSON needs."""
         given = function["parameters"]["properties"]
-        types = [(name, _PYTHON_TYPES[spec["type"]]) for name, spec in given.items()]
+        types = [(name, _PYTHON_TYPES[spec.get("type", "any")]) for name, spec in given.items()]
         signature = ", ".join(f"{name}: {kind}" for name, kind in types)
         arguments = "".join(f"        {name}({kind}): " for name, kind in types)
         return (
@@ -312,6 +314,7 @@ _PYTHON_TYPES = {
     "boolean": "bool",
     "object": "dict",
     "array": "list[Union[]]",
+    "any": "Any",
 }
 
 
@@ -437,7 +440,8 @@ def _json(value: Any) -> str:
 def _read_call(text: str, key: str) -> ToolCall:
     try:
         call = json.loads(text)
-    except (ValueError, RecursionError) as error:  # no JSON, or deeper or longer than Python reads
+        _json(call).encode()
+    except (ValueError, RecursionError) as error:  # no JSON or UTF-8, deeper or longer than read
         raise Malformed("its call is no JSON") from error
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise Malformed("its call is no object with a name")

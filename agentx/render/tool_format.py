@@ -76,8 +76,10 @@ def _parse_value(text: str, json_type: str) -> Any:
     if json_type == "string":
         return text
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # no JSON, or deeper or longer than Python reads
+        value = json.loads(text)
+        _value_text(value).encode()  # an escape may spell half a character, which no file holds
+        return value
+    except (ValueError, RecursionError):  # no JSON or UTF-8, deeper or longer than Python reads
         return text
 
 
@@ -98,12 +100,13 @@ def as_tool_format(messages: Sequence[Message]) -> list[Message]:
             continue
         results = list(itertools.takewhile(lambda m: m.role == "tool", messages[at:]))
         at += len(results)
+        is_told = any(result.outcome is Outcome.FAILED for result in results)
         thought = "\n".join(text for text in (message.thought, message.content) if text)
         for number, call in enumerate(message.tool_calls):
             own = results[number : number + 1]
             outcome = message.outcome
-            if own and len(message.tool_calls) > 1 and outcome is Outcome.FAILED:
-                outcome = own[0].outcome  # another of the calls may be what failed
+            if own and outcome is Outcome.FAILED and is_told:
+                outcome = own[0].outcome  # another of the calls is what failed
             told.append(
                 dataclasses.replace(
                     message, content="", thought=thought, tool_calls=(call,), outcome=outcome

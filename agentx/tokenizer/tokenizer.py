@@ -88,14 +88,16 @@ class Tokenizer:
         """Trains byte-fallback BPE of exactly `vocab_size` pieces, markers and bytes included.
 
         The same texts in the same order give the same tokenizer, whatever `num_threads` is. Digits
-        are split. Raises ValueError for a size that the texts cannot fill or that is too small.
+        are split. Raises ValueError for a size that the texts cannot fill or that is too small, and
+        whatever the texts raise.
         """
         least = len(SPECIAL_TOKENS) + 1 + len(SEPARATORS) + 256
         if vocab_size <= least:
             raise ValueError(
                 f"vocab_size is {vocab_size}: markers, separators and bytes alone take {least}"
             )
-        lines = _lines(texts)
+        faults: list[Exception] = []
+        lines = _lines(_noting(texts, faults))
         first = next(lines, None)
         if first is None:
             raise ValueError("there is no text to train a tokenizer on")
@@ -125,6 +127,8 @@ class Tokenizer:
                 minloglevel=2,
             )
         except RuntimeError as error:
+            if faults:
+                raise faults[0] from None
             raise ValueError(
                 f"vocab_size {vocab_size} does not fit the texts: {str(error).split('] ')[-1]}"
             ) from error
@@ -211,6 +215,15 @@ def _bytes_vocabulary() -> Vocabulary:
         [*specials, *(Piece(bytes([b]), "byte") for b in range(256))],
         spells_space=False,
     )
+
+
+def _noting(texts: Iterable[str], faults: list[Exception]) -> Iterator[str]:
+    """The texts, and what they raise: SentencePiece makes an error of its own of that."""
+    try:
+        yield from texts
+    except Exception as error:
+        faults.append(error)
+        raise
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

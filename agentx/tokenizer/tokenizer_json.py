@@ -111,7 +111,8 @@ def _steps(spec: dict[str, Any] | None) -> list[dict[str, Any]]:
         return []
     if spec["type"] != "Sequence":
         return [spec]
-    return [s for part in spec.get("normalizers") or spec["pretokenizers"] for s in _steps(part)]
+    parts = spec["normalizers" if "normalizers" in spec else "pretokenizers"]
+    return [step for part in parts for step in _steps(part)]
 
 
 def _is_byte_level(file: dict[str, Any]) -> bool:

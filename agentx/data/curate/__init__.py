@@ -18,7 +18,7 @@ from agentx.data.curate.base import (
     text_of,
     words,
 )
-from agentx.data.curate.contamination import Decontaminate, Hit
+from agentx.data.curate.contamination import Decontaminate, Hit, evaluation_notes
 from agentx.data.curate.duplicates import (
     Deduplicate,
     Duplicate,
@@ -51,6 +51,7 @@ __all__ = [
     "Taken",
     "TakenRow",
     "ValidCalls",
+    "evaluation_notes",
     "run_filters",
     "text_of",
     "words",

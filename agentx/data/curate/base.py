@@ -98,15 +98,6 @@ class FilterCounts:
             for (filter, reason), documents in sorted(self.taken.items())
         ]
 
-    def __str__(self) -> str:
-        """`9 documents = 7 kept (1 changed by GoodSteps) + 2 taken (2 by MinReward: no reward)`"""
-        changed = ", ".join(f"{n:,} changed by {name}" for name, n in sorted(self.changed.items()))
-        taken = ", ".join(f"{row.documents:,} by {row.filter}: {row.reason}" for row in self.rows)
-        return f"{self.read:,} documents = {self.kept:,} kept" + (
-            f"{f' ({changed})' if changed else ''} + {self.taken.total():,} taken"
-            f"{f' ({taken})' if taken else ''}"
-        )
-
 
 def run_filters(
     filters: Iterable[Filter], document: Document, counts: FilterCounts | None = None
@@ -133,7 +124,7 @@ def run_filters(
 
 
 def text_of(document: Document) -> str:
-    """All text of a document. Of a conversation: thoughts, contents and calls as JSON, in order.
+    """All text of a document: a text and its trace, or thoughts, contents and calls as JSON.
 
     user       Where is it?            Where is it?
     assistant  (a typo) find(x=1)      a typo
@@ -141,14 +132,14 @@ def text_of(document: Document) -> str:
     tool       os.py                   os.py
     """
     if isinstance(document, TextDocument):
-        return document.text
+        return "\n".join(filter(None, (document.text, document.trace)))
     return text_of_messages(document.messages)
 
 
 def prose_of(document: Document) -> str:
-    """Of a conversation, what user and assistant think and say; calls and results are no prose."""
+    """The same of a text. Of a conversation, what user and assistant think and say: no calls."""
     if isinstance(document, TextDocument):
-        return document.text
+        return text_of(document)
     spoken = (m for m in document.messages if m.role in ("user", "assistant"))
     return text_of_messages(dataclasses.replace(m, tool_calls=()) for m in spoken)
 

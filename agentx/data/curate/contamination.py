@@ -6,10 +6,10 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from agentx.data.curate.base import Document, Taken, ngrams_of, prose_of, text_of, words
+from agentx.data.curate.base import Document, Filter, Taken, ngrams_of, prose_of, text_of, words
 from agentx.data.formats import read_documents
 
 
@@ -38,8 +38,8 @@ class Decontaminate:
     user and assistant say. Words have neither case nor punctuation (see `words`), as in appendix C
     of GPT-3 (arXiv:2005.14165), whose numbers the defaults are. An item of fewer than `n` words is
     sought whole; one of fewer than `min_words` would hit what has nothing to do with it, and isn't
-    sought but listed in `too_short`. With n=4, min_words=3 and the items "How far is it to Rome?"
-    and "Rome, or Bern!":
+    sought but listed in `too_short`; a store's notes and its build say how many there are. With
+    n=4, min_words=3 and the items "How far is it to Rome?" and "Rome, or Bern!":
 
         How far IS it, really?        taken: contaminated    item 1: how far is it
         We went to rome or bern.      taken: contaminated    item 2: rome or bern
@@ -107,6 +107,14 @@ class Decontaminate:
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone: another process reads the files for itself."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def evaluation_notes(filters: Iterable[Filter]) -> dict[str, Any]:
+    """How many items of evaluation sets were sought, as a store's notes say it; {} for no sets."""
+    given = [filter for filter in filters if isinstance(filter, Decontaminate)]
+    too_short = sum(len(filter.too_short) for filter in given)
+    sought = sum(filter.num_items for filter in given) - too_short
+    return {"evaluation": {"sought": sought, "too short": too_short}} if given else {}
 
 
 def _items(pattern: str, fields: tuple[str, ...]) -> Iterator[tuple[str, str]]:

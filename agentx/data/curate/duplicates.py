@@ -7,7 +7,7 @@ the answer depends on the order of documents alone, never on how they are split 
     signature(document)                             each document by itself
     keys(signature)                                 what to group them by
     pairs_in(numbered signatures of one group)      each group by itself
-    first_of(pairs of one document)                 the pair that it is reported with
+    min(pairs of one document)                      the pair that it is reported with
 
 `DuplicateIndex` is the same on one machine, document after document.
 """
@@ -27,7 +27,6 @@ import numpy as np
 
 from agentx.data.curate.base import (
     Document,
-    Taken,
     library,
     ngrams_of,
     text_of,
@@ -57,7 +56,7 @@ class Signature(NamedTuple):
 class Pair(NamedTuple):
     """A document and an earlier one that it duplicates, by their places in the order.
 
-    The order of pairs is that of `first_of`: exact before near, then the earliest.
+    The first of several in order is reported: exact before near, then the earliest.
     """
 
     number: int
@@ -145,14 +144,9 @@ class Deduplicate:
                 yield pair
             earlier.append((number, signature))
 
-    @staticmethod
-    def first_of(pairs: Iterable[Pair]) -> Pair:
-        """Which of the pairs of one document, from all its groups, is reported."""
-        return min(pairs)
-
 
 class Duplicate(NamedTuple):
-    """A line of the report: a document that was taken, and the first one that it duplicates."""
+    """A document that was taken, and the first one that it duplicates."""
 
     name: str
     first: str
@@ -161,35 +155,24 @@ class Duplicate(NamedTuple):
 
 
 class DuplicateIndex:
-    """Takes the duplicates among documents that come one after the other.
+    """Finds the duplicates among documents that come one after the other.
 
-    `duplicates` is the report. Memory grows with the documents that have a text of their own, by
+    Memory grows with the documents that have a text of their own, by
     about 2.8 KB each with the defaults, three quarters of it for the bands.
     """
 
     def __init__(self, config: Deduplicate):
         self.config = config
-        self.duplicates: list[Duplicate] = []
         self._rows: dict[bytes, list[int]] = {}  # of each key
         self._names: list[str] = []
         self._values: list[bytes] = []
-
-    def __call__(self, document: Document) -> Document | Taken:
-        found = self.find(document.name, self.config.signature(document))
-        if found is None:
-            return document
-        return Taken(found.reason, (found.first,))
 
     def find(self, name: str, signature: Signature) -> Duplicate | None:
         """What the next document, by its name and signature, is a duplicate of."""
         exact, *bands = self.config.keys(signature)
         if exact in self._rows:  # its bands are there too
-            found = Duplicate(name, self._names[self._rows[exact][0]], EXACT, 1.0)
-            self.duplicates.append(found)
-            return found
+            return Duplicate(name, self._names[self._rows[exact][0]], EXACT, 1.0)
         near = self._near(name, signature, bands)
-        if near is not None:
-            self.duplicates.append(near)
         for key in (exact, *bands):
             self._rows.setdefault(key, []).append(len(self._names))
         self._names.append(name)
@@ -212,7 +195,7 @@ class DuplicateIndex:
 def _compared(document: Document) -> str:
     """The text that tells near duplicates."""
     if isinstance(document, TextDocument):
-        return document.text
+        return text_of(document)
     return text_of_messages(m for m in document.messages if m.role in ("user", "assistant"))
 
 

@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from agentx.data.curate.base import Document, Taken, prose_of, text_of
-from agentx.data.formats import Conversation, TextDocument
+from agentx.data.formats import TextDocument
 
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 _FIRST_TOP, _FIRST_REPEATED = 2, 5  # the n that the first threshold is for
@@ -60,9 +60,10 @@ class Repetition:
 
     Characters count once, however many n-grams they lie in. Words are what spaces part. Gopher
     keeps no text of fewer than 50 words; in a shorter one a pair of words that comes twice is no
-    sign of anything, so n-grams are looked at from `min_words` words on. Of a conversation, each
-    thought and each message of the assistant is judged by itself: the same call made twice is a
-    step for `GoodSteps`, and what tools print repeats itself by nature. With min_words=4:
+    sign of anything, so n-grams are looked at from `min_words` words on. A text and its trace are
+    judged each by itself; so are, of a conversation, each thought and message of the assistant: the
+    same call made twice is a step for `GoodSteps`, and what tools print repeats itself by nature.
+    With min_words=4:
 
         a\\nb\\na\\nb\\na         taken: duplicate lines             3 of 5
         to be or not to be    taken: one 2-gram throughout       8 of 13 characters
@@ -84,8 +85,7 @@ class Repetition:
                 raise ValueError(f"Repetition.{name} is {value}; a share lies between 0 and 1")
 
     def __call__(self, document: Document) -> Document | Taken:
-        texts = [document.text] if isinstance(document, TextDocument) else _written(document)
-        return next(filter(None, map(self._judge, texts)), document)
+        return next(filter(None, map(self._judge, _written(document))), document)
 
     def _judge(self, text: str) -> Taken | None:
         for what, parts, share, character_share in (
@@ -164,9 +164,11 @@ class Symbols:
         return document
 
 
-def _written(conversation: Conversation) -> list[str]:
-    """Each thought and content of the assistant."""
-    parts = ((m.thought, m.content) for m in conversation.messages if m.role == "assistant")
+def _written(document: Document) -> list[str]:
+    """A text and its trace, or each thought and content of the assistant."""
+    if isinstance(document, TextDocument):
+        return [document.text, document.trace]
+    parts = ((m.thought, m.content) for m in document.messages if m.role == "assistant")
     return [text for pair in parts for text in pair if text]
 
 

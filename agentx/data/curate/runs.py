@@ -101,7 +101,7 @@ def _call_fault(call: ToolCall, tools: dict[str, ToolSpec]) -> str:
 
 
 def _fits(value: Any, json_type: str) -> bool:
-    if value is None:
+    if value is None or json_type == "any":
         return True
     if isinstance(value, bool):
         return json_type == "boolean"

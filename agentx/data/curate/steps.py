@@ -22,14 +22,15 @@ class GoodSteps:
     tells has to do. A run has failed where its reward is under `threshold`, and a step of it, a
     message of the assistant, is harmful where
 
-        its outcome is FAILED already, or one of its results reports a failure, or it could not be
-        read: the tool or the environment refused it;
+        its outcome is FAILED already, or one of its results reports a failure: the tool or the
+        environment refused it;
         all its calls were made before, word for word, and had the same results: it goes in circles;
         it is the last thing that the assistant says, an answer, and the reward is 0 or less.
 
     Everything else is good. The first good call after a harmful one is RECOVERED. The objectives'
     factor for failed steps (`NextToken.failed`, 0 unless bound) does the masking. A failed run
-    without a good step is taken. Texts, runs that succeeded and those without a reward pass as they
+    without a good step is taken, and so is one with a message that could not be read, for no format
+    can write it. Texts, runs that succeeded and those without a reward pass as they
     are. GoodSteps(threshold=1.0) on a run of reward 0:
 
         user       Which file has walk?    ok
@@ -58,6 +59,9 @@ class GoodSteps:
         reward = document.reward
         if reward is None or reward >= self.threshold:
             return document
+        for number, message in enumerate(document.messages):
+            if message.malformed:
+                return Taken("a malformed message", (f"message {number}",))
         messages = _marked(document.messages, is_worthless=reward <= 0)
         if all(m.outcome is Outcome.FAILED for m in messages if m.role == "assistant"):
             return Taken("no good step")
@@ -90,7 +94,6 @@ def _marked(messages: Sequence[Message], *, is_worthless: bool) -> list[Message]
         is_last = step is steps[-1] and not message.tool_calls
         if (
             message.outcome is Outcome.FAILED
-            or message.malformed
             or any(result.outcome is Outcome.FAILED for result in results)
             or is_circle
             or (is_worthless and is_last)

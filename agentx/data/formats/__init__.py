@@ -13,20 +13,14 @@ whatever a path holds.
 
 from agentx.data.formats.documents import Document, identify, read_documents
 from agentx.data.formats.native import Conversation, conversation_from_dict, conversation_to_dict
-from agentx.data.formats.reading import OnError, ReadCounts, expand
+from agentx.data.formats.reading import OnError, ReadCounts
 from agentx.data.formats.registry import (
     FORMATS,
     conversation_trajectory,
-    read_conversations,
     sniff,
     write_conversations,
 )
-from agentx.data.formats.texts import (
-    TextDocument,
-    read_text_jsonl,
-    read_text_tree,
-    text_trajectory,
-)
+from agentx.data.formats.texts import TextDocument, text_trajectory
 
 __all__ = [
     "FORMATS",
@@ -38,12 +32,8 @@ __all__ = [
     "conversation_from_dict",
     "conversation_to_dict",
     "conversation_trajectory",
-    "expand",
     "identify",
-    "read_conversations",
     "read_documents",
-    "read_text_jsonl",
-    "read_text_tree",
     "sniff",
     "text_trajectory",
     "write_conversations",

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ast
 import collections
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +22,7 @@ from typing import Any, Literal
 
 from agentx.data.formats.native import Conversation, list_of, reward_of
 from agentx.data.formats.reading import check_text, kind
-from agentx.trajectory import Message, Outcome, Parameter, ToolCall, ToolSpec
+from agentx.trajectory import Message, Parameter, ToolCall, ToolSpec
 
 SpeakerRole = Literal["system", "user", "assistant", "tool"]
 
@@ -47,9 +46,22 @@ _SHAREGPT_ROLES: dict[str, SpeakerRole] = {
     "function_response": "tool",
     "observation": "tool",
 }
-_TAGGED = re.compile(r"<(tools|tool_call|tool_response)>(.*?)</\1>", re.DOTALL)
+# The tag that is read in the turns of each role; any other there is text. A prompt may speak of its
+# tag, with an empty pair, before it uses it.
+_TAGGED = {
+    "system": re.compile(r"<tools>(?!\s*</tools>)(.*?)</tools>", re.DOTALL),
+    "assistant": re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL),
+    "tool": re.compile(r"<tool_response>(.*?)</tool_response>", re.DOTALL),
+}
 _JSON_TYPES = ("string", "integer", "number", "boolean", "object", "array")
-_TYPE_OF = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array"}
+_TYPE_OF = {
+    str: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    list: "array",
+    dict: "object",
+}
 
 
 def openai_conversation(record: dict[str, Any], name: str = "") -> Conversation:
@@ -67,7 +79,12 @@ def openai_messages(listed: Sequence[Any]) -> tuple[Message, ...]:
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: this is no object but a {kind(fields)}")
         role = _role(fields.get("role"), _OPENAI_ROLES, where)
-        content = _content(fields.get("content"), where)
+        content = content_of(fields.get("content") or fields.get("refusal"), where)
+        if role == "assistant" and fields.get("weight") not in (None, 1):
+            raise ValueError(
+                f"{where}: its weight is {fields['weight']!r}, and a conversation has no weights: "
+                "leave the field out to train the message, or skip the record"
+            )
         if role == "tool":
             spoken.append((Message("tool", content), [str(fields.get("tool_call_id") or "")]))
             continue
@@ -82,7 +99,7 @@ def openai_messages(listed: Sequence[Any]) -> tuple[Message, ...]:
         for at, call in enumerate(listed_calls):
             calls.append(_openai_call(call, f"{where}, tool call {at}"))
             ids.append(str(call.get("id") or ""))
-        thought = _content(fields.get("reasoning_content") or fields.get("reasoning"), where)
+        thought = content_of(fields.get("reasoning_content") or fields.get("reasoning"), where)
         spoken.append((Message(role, content, thought, tuple(calls)), ids))
     return matched(spoken)
 
@@ -115,26 +132,29 @@ def openai_tools(listed: Any) -> tuple[ToolSpec, ...]:
 
 def sharegpt_conversation(record: dict[str, Any], name: str = "") -> Conversation:
     """Turns as {"from", "value"}; a function_call's value is JSON with name and arguments."""
-    return _sharegpt(record, name, lambda turn: (turn, [], []))
+    return _sharegpt(record, name, lambda role, value: (value, []))
 
 
 def hermes_conversation(record: dict[str, Any], name: str = "") -> Conversation:
     """ShareGPT with tags: tools in the system turn, calls and results in their turns.
 
-    JSON between tags may be written as Python's literals, as some of that data is.
+    A tag in the turn of another role is text. JSON between tags may be written as Python's
+    literals, as some of that data is.
     """
     return _sharegpt(record, name, _untagged)
 
 
 def _sharegpt(
-    record: dict[str, Any], name: str, read: Callable[[str], tuple[str, list[Any], list[Any]]]
+    record: dict[str, Any],
+    name: str,
+    read: Callable[[SpeakerRole, str], tuple[str, list[Any]]],
 ) -> Conversation:
-    """`read` cuts a value into its text, its calls and results, and its tools."""
+    """`read` cuts a value into its text and the tools, calls or results that are tagged in it."""
     spoken: list[tuple[Message, list[str]]] = []
     tools = list(openai_tools(record.get("tools") or []))
     system = record.get("system")
     if system:
-        spoken.append((Message("system", _content(system, "system")), []))
+        spoken.append((Message("system", content_of(system, "system")), []))
     for number, turn in enumerate(list_of(record, "conversations")):
         where = f"turn {number}"
         if not isinstance(turn, dict):
@@ -148,11 +168,11 @@ def _sharegpt(
             spoken.append((Message("assistant", tool_calls=(call,)), [""]))
             continue
         try:
-            text, tagged, found = read(value)
+            text, tagged = read(role, value)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        if found and not record.get("tools"):
-            tools.extend(openai_tools(found))
+        if role == "system" and not record.get("tools"):
+            tools.extend(openai_tools(tagged))
         if role == "assistant":
             calls = tuple(_call(call, where) for call in tagged)
             spoken.append((Message(role, text, tool_calls=calls), [""] * len(calls)))
@@ -164,18 +184,19 @@ def _sharegpt(
     return Conversation(matched(spoken), tuple(tools), name, reward_of(record))
 
 
-def _untagged(value: str) -> tuple[str, list[Any], list[Any]]:
-    tagged: list[Any] = []
-    tools: list[Any] = []
-    for match in _TAGGED.finditer(value):
-        tag, body = match[1], match[2].strip()
-        if tag == "tool_call":
-            tagged.append(_json_or_literal(body, "its <tool_call>"))
-        elif tag == "tool_response":
-            tagged.append(body)
-        elif body:
-            tools.extend(_json_or_literal(body if body[0] == "[" else f"[{body}]", "its <tools>"))
-    return (_TAGGED.sub("", value).strip() if tagged else value), tagged, tools
+def _untagged(role: SpeakerRole, value: str) -> tuple[str, list[Any]]:
+    tag = _TAGGED.get(role)
+    bodies = [body.strip() for body in tag.findall(value)] if tag else []
+    if not tag or not bodies:
+        return value, []
+    found: list[Any] = []
+    for body in bodies:
+        if role == "system":
+            found += _json_or_literal(body if body[0] == "[" else f"[{body}]", "its <tools>")
+        else:
+            is_call = role == "assistant"
+            found.append(_json_or_literal(body, "its <tool_call>") if is_call else body)
+    return tag.sub("", value).strip(), found
 
 
 def matched(spoken: Iterable[tuple[Message, Sequence[str]]]) -> tuple[Message, ...]:
@@ -189,9 +210,11 @@ def matched(spoken: Iterable[tuple[Message, Sequence[str]]]) -> tuple[Message, .
     results: dict[int, Message] = {}
 
     def close(where: str) -> None:
-        if len(results) < len(open_ids) and where:
-            missing = next(i for i in range(len(open_ids)) if i not in results)
+        missing = next((i for i in range(len(open_ids)) if i not in results), None)
+        # A conversation may break off before the results of its last calls, but not skip one.
+        if missing is not None and (where or missing < len(results)):
             call = messages[-1].tool_calls[missing]
+            where = where or f"message {len(messages) + len(results)}, the end"
             raise ValueError(f"{where}: the call of {call.name!r} before it has no result")
         messages.extend(results[i] for i in sorted(results))
         open_ids.clear()
@@ -218,61 +241,13 @@ def matched(spoken: Iterable[tuple[Message, Sequence[str]]]) -> tuple[Message, .
     return tuple(messages)
 
 
-def with_outcomes(
-    messages: Iterable[Message], is_failure: Callable[[Message], bool]
-) -> list[Message]:
-    """Marks the results that are failures, the calls that made them, and the first call after.
-
-    The messages of one episode in order: a call is FAILED where one of its results is, and
-    RECOVERED where it is the first that is not after one that was.
-    """
-    marked: list[Message] = []
-    call_at, after_failure = -1, False
-    for message in messages:
-        if message.tool_calls:
-            outcome = Outcome.RECOVERED if after_failure else Outcome.OK
-            call_at, after_failure = len(marked), False
-            message = dataclasses.replace(message, outcome=outcome)
-        elif message.role == "tool" and is_failure(message):
-            message = dataclasses.replace(message, outcome=Outcome.FAILED)
-            marked[call_at] = dataclasses.replace(marked[call_at], outcome=Outcome.FAILED)
-            after_failure = True
-        marked.append(message)
-    return marked
-
-
-def tools_of_calls(messages: Iterable[Message]) -> tuple[ToolSpec, ...]:
-    """The tools that the calls show, for conversations that do not say what was on offer.
-
-    A tool's parameters are those that any call gave, the most frequent first; its description is
-    empty. A parameter whose values are of several types counts as a string.
-    """
-    given: dict[str, collections.Counter[str]] = {}
-    types: dict[tuple[str, str], set[str]] = {}
-    for call in (call for message in messages for call in message.tool_calls):
-        counts = given.setdefault(call.name, collections.Counter())
-        for key, value in call.arguments.items():
-            counts[key] += 1
-            types.setdefault((call.name, key), set()).add(_TYPE_OF.get(type(value), "object"))
-
-    def parameter(tool: str, key: str) -> Parameter:
-        found = types[tool, key]
-        name: Any = found.pop() if len(found) == 1 else "string"
-        return Parameter(key, name)
-
-    return tuple(
-        ToolSpec(name, "", tuple(parameter(name, key) for key, _ in counts.most_common()))
-        for name, counts in given.items()
-    )
-
-
 def _role(given: Any, roles: dict[str, SpeakerRole], where: str) -> SpeakerRole:
     if not isinstance(given, str) or given not in roles:
         raise ValueError(f"{where}: nobody speaks as {given!r}; there are {', '.join(roles)}")
     return roles[given]
 
 
-def _content(content: Any, where: str) -> str:
+def content_of(content: Any, where: str) -> str:
     """A string, nothing, or a list of parts that are all text."""
     if content is None:
         return ""
@@ -331,7 +306,32 @@ def _json_or_literal(text: str, what: str) -> Any:
 
 
 def _schema_type(schema: Any) -> Any:
-    """The JSON-schema type of a parameter; of several, the first that is not null."""
-    found = schema.get("type") if isinstance(schema, dict) else None
-    listed = found if isinstance(found, list) else [found]
-    return next((t for t in listed if t in _JSON_TYPES), "object" if found is None else "string")
+    """The type of a parameter, "any" where its schema allows several or does not say."""
+    if not isinstance(schema, dict):
+        return "any"
+    options = schema.get("anyOf") or schema.get("oneOf")
+    if schema.get("type") is not None or not isinstance(options, list):
+        options = [schema]
+    found: list[Any] = []
+    for option in options:
+        option = option if isinstance(option, dict) else {}
+        told, values = option.get("type"), option.get("enum")
+        if told is not None:
+            found += told if isinstance(told, list) else [told]
+        elif isinstance(values, list):
+            found += map(type_of, values)
+        else:
+            found.append("any")
+    return one_type(found)
+
+
+def type_of(value: Any) -> str:
+    return _TYPE_OF.get(type(value), "null")
+
+
+def one_type(names: Iterable[Any]) -> Any:
+    """The type that takes all of these in; null, which stands for what is left out, counts not."""
+    found = {name if name in _JSON_TYPES else "any" for name in names if name != "null"}
+    if found == {"integer", "number"}:
+        return "number"
+    return found.pop() if len(found) == 1 else "any"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 
@@ -17,7 +18,6 @@ from agentx.data.formats.reading import (
     OnError,
     ReadCounts,
     check_on_error,
-    nothing_in,
     read_records,
 )
 from agentx.data.formats.records import is_data_file
@@ -43,10 +43,10 @@ def read_documents(
     """The documents of a file, a folder or a glob, here or in a bucket, in order of path.
 
     Which they are: with `format` "text", each file is one. With another format, each file holds
-    records of it. Otherwise files of records (.jsonl, .json, .traj, .parquet) hold texts under
-    `field`, with reasoning under `trace`, or else what their first records look like; any other
-    file is one text. A folder that holds other files than those of records is a tree of texts, all
-    of it, unless a format or a field is named.
+    records of it; with `field`, of texts under that name, with reasoning under `trace`. Otherwise
+    files of records (.jsonl, .ndjson, .json, .traj, .parquet) hold what their first records look
+    like, and any other file is one text. A folder that holds other files than those of records is a
+    tree of texts, all of it, unless a format or a field is named.
 
     pattern: of the names of files below a folder, "*.py" for instance. A folder's hidden files are
     skipped, and so are a README or LICENSE that lies beside nothing but records, and files of
@@ -58,7 +58,7 @@ def read_documents(
     _check(format, field, trace)
     check_on_error(on_error)
     counts = ReadCounts() if counts is None else counts
-    kept_before = counts.kept
+    before = dataclasses.replace(counts, skipped=counts.skipped.copy())
     files = find_files(path, pattern)
     is_tree = format == TEXT
     if not is_tree:
@@ -68,25 +68,27 @@ def read_documents(
         if counted_out(file, counts):
             continue
         read_before = counts.read
-        if is_tree or not (format or is_data_file(file.path)):
-            yield from read_records([file], text_file, "", on_error, counts)
+        if is_tree or not (format or field or is_data_file(file.path)):
+            yield from read_records([file], text_file, on_error, counts)
         else:
             yield from _read_records(file, format, field, trace, on_error, counts)
         if counts.read == read_before:
             counts.read += 1
             counts.skipped["empty file"] += 1
-    if counts.kept == kept_before:
-        raise nothing_in(path)
+    if counts.kept == before.kept:
+        where = path if pattern == "*" else f"{path} ({pattern})"
+        since = counts - before
+        raise ValueError(f"{where} holds no document: the data set is empty: {since}")
 
 
 def identify(path: PathLike, pattern: str = "*") -> list[tuple[str, int, str]]:
-    """(name, size, checksum) of each file that `read_documents` would read, in its order.
+    """(path, size, checksum) of each file that `read_documents` would read, in its order.
 
     A README beside records is one of them. The checksum is sha256 for a file of this machine, and
     what the bucket keeps for one there.
     """
     files = (file for file in find_files(path, pattern) if not file.fault)
-    return [(file.name, *size_and_checksum(file.path)) for file in files]
+    return [(file.path, *size_and_checksum(file.path)) for file in files]
 
 
 def _told_apart(files: list[File], path: PathLike) -> tuple[list[File], bool]:
@@ -109,9 +111,9 @@ def _read_records(
     """The documents of a file of records."""
     chosen = format or (TEXT if field else sniff(file.path))
     if chosen == TEXT:
-        yield from read_texts(file.path, field or TEXT, trace, "", on_error, counts)
+        yield from read_texts(file.path, field or TEXT, trace, on_error, counts)
     else:
-        yield from read_as(chosen, file.path, "", on_error, counts)
+        yield from read_as(chosen, file.path, on_error, counts)
 
 
 def _check(format: str, field: str, trace: str) -> None:

@@ -1,7 +1,7 @@
 """Conversations, and our own JSON format for them.
 
-A conversation in JSON is an object like this one (fields that are empty may be left out; an outcome
-is "ok", "failed" or "recovered"):
+A conversation in JSON is an object like this one (what is empty may be left out, but for a call's
+arguments and a tool's description; an outcome is "ok", "failed" or "recovered"):
 
     {"messages": [
         {"role": "user", "content": "Where is `walk`?"},
@@ -40,6 +40,14 @@ class Conversation:
     tools: tuple[ToolSpec, ...] = ()
     name: str = ""
     reward: float | None = None
+
+    @property
+    def num_characters(self) -> int:
+        """Of all that is said and called; those of the tools on offer are not counted."""
+        arguments = (c.arguments.values() for m in self.messages for c in m.tool_calls)
+        return sum(len(m.thought) + len(m.content) for m in self.messages) + sum(
+            len(str(value)) for values in arguments for value in values
+        )
 
 
 def conversation_to_dict(conversation: Conversation) -> dict[str, Any]:

@@ -29,7 +29,7 @@ PathLike = str | os.PathLike[str]
 # Of one question to a bucket, its client's retries included: a list of files, or a block of one.
 TIMEOUT_S = 60.0
 _BLOCK = 4 << 20
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 # What a bucket may say of a file's content, the strongest first.
 _CHECKSUMS = ("md5Hash", "crc32c", "ETag", "etag")
 
@@ -100,6 +100,14 @@ def scheme_of(path: PathLike) -> str:
     if match and match[1] not in ("gs", "s3"):
         raise ValueError(f"{path}: nothing here reads {match[1]}://; there are gs:// and s3://")
     return match[1] if match else ""
+
+
+def endpoint_of(scheme: str) -> str:
+    """The server that the usual variable names for "gs" or "s3", "" for the service's own."""
+    if scheme == "s3":
+        return os.environ.get("AWS_ENDPOINT_URL", "")
+    host = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    return host if not host or "://" in host else f"http://{host}"
 
 
 def _walk(top: str) -> Iterator[str]:
@@ -190,8 +198,8 @@ def _ask(path: str, method: str, *arguments: Any, **options: Any) -> Any:
     Raises FileNotFoundError, and ValueError for whatever else goes wrong: each client has its own
     exceptions for that.
     """
-    s3_endpoint = os.environ.get("AWS_ENDPOINT_URL")
-    system = _file_system(scheme_of(path), s3_endpoint, _emulator(), os.getpid())
+    scheme = scheme_of(path)
+    system = _file_system(scheme, endpoint_of(scheme), os.getpid())
     import fsspec.asyn
 
     ask: Callable[..., Any] = getattr(system, method)
@@ -208,14 +216,9 @@ def _ask(path: str, method: str, *arguments: Any, **options: Any) -> Any:
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {said}") from None
 
 
-def _emulator() -> str:
-    host = os.environ.get("STORAGE_EMULATOR_HOST", "")
-    return host if not host or "://" in host else f"http://{host}"
-
-
 @functools.lru_cache(maxsize=4)
-def _file_system(scheme: str, s3_endpoint: str | None, gs_endpoint: str, process: int) -> Any:
-    """The client of a kind of bucket, a new one for other endpoints and in a forked process."""
+def _file_system(scheme: str, endpoint: str, process: int) -> Any:
+    """The client of a kind of bucket, a new one for another endpoint and in a forked process."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # Google's, of its own dependencies
@@ -223,7 +226,9 @@ def _file_system(scheme: str, s3_endpoint: str | None, gs_endpoint: str, process
                 import s3fs
 
                 return s3fs.S3FileSystem(
-                    endpoint_url=s3_endpoint, use_listings_cache=False, skip_instance_cache=True
+                    endpoint_url=endpoint or None,
+                    use_listings_cache=False,
+                    skip_instance_cache=True,
                 )
             import gcsfs.core
     except ImportError:
@@ -233,8 +238,8 @@ def _file_system(scheme: str, s3_endpoint: str | None, gs_endpoint: str, process
     # It logs a traceback for each error that it also raises.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
     return gcsfs.core.GCSFileSystem(
-        endpoint_url=gs_endpoint or None,
-        token="anon" if gs_endpoint else None,
+        endpoint_url=endpoint or None,
+        token="anon" if endpoint else None,
         requests_timeout=TIMEOUT_S,
         use_listings_cache=False,
         skip_instance_cache=True,

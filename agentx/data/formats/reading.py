@@ -15,15 +15,12 @@ import codecs
 import collections
 import contextlib
 import dataclasses
-import glob
 import gzip
 import hashlib
 import json
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
 from agentx.data.formats.places import PathLike, open_file
@@ -68,10 +65,10 @@ class ReadCounts:
     def num_skipped(self) -> int:
         return sum(self.skipped.values())
 
-    def drop(self, reason: str) -> None:
-        """One of those kept is skipped after all."""
-        self.kept -= 1
-        self.skipped[reason] += 1
+    def __sub__(self, before: ReadCounts) -> ReadCounts:
+        """What came since."""
+        kept, skipped = self.kept - before.kept, self.skipped - before.skipped
+        return ReadCounts(self.read - before.read, kept, skipped)
 
     def __str__(self) -> str:
         """`12 records read = 10 kept + 2 skipped (1 empty, 1 no JSON)`."""
@@ -110,18 +107,13 @@ def check_on_error(on_error: str) -> None:
 def read_records(
     records: Iterable[Any],
     parse: Callable[[Any], T | None],
-    where: str,
     on_error: OnError,
-    counts: ReadCounts | None,
+    counts: ReadCounts,
 ) -> Iterator[T]:
     """What `parse` makes of each record. It returns None for one without text.
 
-    Raises what `parse` raises, where `on_error` is not "skip", and ValueError where nothing was
-    kept, unless `where` is "".
+    Raises what `parse` raises, where `on_error` is not "skip".
     """
-    check_on_error(on_error)
-    counts = ReadCounts() if counts is None else counts
-    kept_before = counts.kept
     for record in records:
         counts.read += 1
         try:
@@ -136,25 +128,6 @@ def read_records(
             continue
         counts.kept += 1
         yield document
-    if where and counts.kept == kept_before:
-        raise nothing_in(where)
-
-
-def nothing_in(where: PathLike) -> ValueError:
-    return ValueError(f"{where} holds no document: the data set is empty")
-
-
-def expand(pattern: PathLike) -> list[Path]:
-    """The path itself, if it is there; else the files that it matches as a glob, in order.
-
-    Raises ValueError where there are none.
-    """
-    if os.path.exists(pattern):
-        return [Path(pattern)]
-    found = sorted(Path(p) for p in glob.glob(str(pattern), recursive=True) if os.path.isfile(p))
-    if not found:
-        raise ValueError(f"there is no file or folder {pattern}")
-    return found
 
 
 def lines(path: PathLike) -> Iterator[tuple[str, bytes]]:
@@ -241,6 +214,8 @@ def check_text(value: Any, place: str) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise Malformed(f"{place}: a string has a lone surrogate", "lone surrogate") from None
+    except RecursionError as error:
+        raise Malformed(f"{place}: this JSON is beyond reading: {error}", "no JSON") from None
 
 
 def kind(value: Any) -> str:
@@ -320,6 +295,8 @@ class _Values:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
+                if end - self._at > MAX_RECORD:
+                    raise self._too_long()
                 if end < len(self._text) or self._ended:  # else a number may go on
                     self._skip(end - self._at)
                     return value
@@ -329,12 +306,12 @@ class _Values:
                     raise self._fault(f"this is no JSON: {error.msg}", error.pos) from None
             except (ValueError, RecursionError) as error:
                 raise self._fault(f"this JSON is beyond reading: {error}") from None
+            if len(self._text) - self._at > MAX_RECORD:
+                raise self._too_long()
             # Twice as much each time: a long value is parsed anew only a few times.
             while len(self._text) - self._at < wanted and self._more():
                 pass
-            wanted *= 2
-            if len(self._text) - self._at > MAX_RECORD:
-                raise self._fault(f"a record is longer than {MAX_RECORD >> 20} MiB")
+            wanted = min(2 * wanted, MAX_RECORD + 1)
 
     def _more(self) -> bool:
         data = b"" if self._ended else self._file.read(_PIECE)
@@ -349,6 +326,9 @@ class _Values:
     def _skip(self, count: int) -> None:
         self._line += self._text.count("\n", self._at, self._at + count)
         self._at += count
+
+    def _too_long(self) -> ValueError:
+        return self._fault(f"a record is longer than {MAX_RECORD >> 20} MiB")
 
     def _fault(self, what: str, at: int | None = None) -> ValueError:
         line = self._line + self._text.count("\n", self._at, self._at if at is None else at)

@@ -14,19 +14,23 @@ raises ValueError in a sentence that names the place in it.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from agentx.data.formats.chat import (
+    content_of,
     matched,
+    one_type,
     openai_messages,
     openai_tools,
-    tools_of_calls,
-    with_outcomes,
+    type_of,
 )
 from agentx.data.formats.native import Conversation, list_of, reward_of
 from agentx.data.formats.reading import kind
-from agentx.trajectory import Message, Parameter, ToolCall, ToolSpec
+from agentx.trajectory import Message, Outcome, Parameter, ToolCall, ToolSpec
 
 BASH = ToolSpec("bash", "run a shell command", (Parameter("command"),))
 SQL = ToolSpec("sql", "run a query", (Parameter("query"),))
@@ -35,8 +39,8 @@ SQL = ToolSpec("sql", "run a query", (Parameter("query"),))
 def tau_bench_conversation(record: dict[str, Any], name: str = "") -> Conversation:
     """One of a tau-bench results file. The tools are those that it called."""
     messages = openai_messages(list_of(record, "traj"))
-    marked = with_outcomes(messages, lambda m: m.content.startswith("Error"))
-    return Conversation(tuple(marked), tools_of_calls(messages), name, reward_of(record))
+    marked = _with_outcomes(messages, lambda m: m.content.startswith("Error"))
+    return Conversation(tuple(marked), _tools_of_calls(messages), name, reward_of(record))
 
 
 def swe_agent_conversation(record: dict[str, Any], name: str = "") -> Conversation:
@@ -48,14 +52,16 @@ def swe_agent_conversation(record: dict[str, Any], name: str = "") -> Conversati
     if any(isinstance(m, dict) and m.get("tool_calls") for m in history):
         messages = openai_messages([_with_call_id(m) for m in history])
         messages = tuple(_without_echo(m, f) for m, f in zip(messages, history, strict=True))
-        return Conversation(messages, tools_of_calls(messages), name)
+        return Conversation(messages, _tools_of_calls(messages), name)
     spoken: list[tuple[Message, list[str]]] = []
     is_result = False
     for number, fields in enumerate(history):
         where = f"history {number}"
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: this is no object but a {kind(fields)}")
-        role, content = fields.get("role"), _text(fields, "content", where)
+        role, content = fields.get("role"), fields.get("content")
+        is_listed = isinstance(content, list)
+        content = content_of(content, where) if is_listed else _text(fields, "content", where)
         if role == "assistant" and fields.get("action"):
             call = ToolCall("bash", {"command": _text(fields, "action", where)})
             thought = _text(fields, "thought", where)
@@ -94,7 +100,7 @@ def intercode_conversation(record: dict[str, Any], name: str = "") -> Conversati
         earned = reward_of({"reward": reward})
         best = earned if best is None or (earned is not None and earned > best) else best
     is_valid_in_order = iter(valid)
-    marked = with_outcomes(messages, lambda m: not next(is_valid_in_order))
+    marked = _with_outcomes(messages, lambda m: not next(is_valid_in_order))
     return Conversation(tuple(marked), (tool,), name, best)
 
 
@@ -109,8 +115,54 @@ def verifiers_conversation(record: dict[str, Any], name: str = "") -> Conversati
     messages = openai_messages(said)
     info = record.get("info")
     offered = (info.get("oai_tools") if isinstance(info, dict) else None) or record.get("tools")
-    tools = openai_tools(offered) if offered else tools_of_calls(messages)
+    tools = openai_tools(offered) if offered else _tools_of_calls(messages)
     return Conversation(messages, tools, name, reward_of(record))
+
+
+def _with_outcomes(
+    messages: Iterable[Message], is_failure: Callable[[Message], bool]
+) -> list[Message]:
+    """Marks the results that are failures, the calls that made them, and the first call after.
+
+    The messages of one episode in order: a call is FAILED where one of its results is, and
+    RECOVERED where it is the first that is not after one that was.
+    """
+    marked: list[Message] = []
+    call_at, after_failure = -1, False
+    for message in messages:
+        if message.tool_calls:
+            outcome = Outcome.RECOVERED if after_failure else Outcome.OK
+            call_at, after_failure = len(marked), False
+            message = dataclasses.replace(message, outcome=outcome)
+        elif message.role == "tool" and is_failure(message):
+            message = dataclasses.replace(message, outcome=Outcome.FAILED)
+            marked[call_at] = dataclasses.replace(marked[call_at], outcome=Outcome.FAILED)
+            after_failure = True
+        marked.append(message)
+    return marked
+
+
+def _tools_of_calls(messages: Iterable[Message]) -> tuple[ToolSpec, ...]:
+    """The tools that the calls show, for conversations that do not say what was on offer.
+
+    A tool's parameters are those that any call gave, the most frequent first; its description is
+    empty. A parameter whose values are of several types may be anything.
+    """
+    given: dict[str, collections.Counter[str]] = {}
+    types: dict[tuple[str, str], set[str]] = {}
+    for call in (call for message in messages for call in message.tool_calls):
+        counts = given.setdefault(call.name, collections.Counter())
+        for key, value in call.arguments.items():
+            counts[key] += 1
+            types.setdefault((call.name, key), set()).add(type_of(value))
+
+    def parameter(tool: str, key: str) -> Parameter:
+        return Parameter(key, one_type(types[tool, key]))
+
+    return tuple(
+        ToolSpec(name, "", tuple(parameter(name, key) for key, _ in counts.most_common()))
+        for name, counts in given.items()
+    )
 
 
 def _with_call_id(fields: Any) -> Any:
@@ -126,11 +178,9 @@ def _without_echo(message: Message, fields: dict[str, Any]) -> Message:
     if not message.tool_calls:
         return message
     thought = fields.get("thought")
-    return Message(
-        "assistant",
-        thought=thought if isinstance(thought, str) else message.content,
-        tool_calls=message.tool_calls,
-    )
+    if not isinstance(thought, str) or not thought:
+        thought = message.content
+    return Message("assistant", thought=thought, tool_calls=message.tool_calls)
 
 
 def _text(fields: dict[str, Any], key: str, where: str) -> str:

@@ -18,7 +18,7 @@ _JSON = (".json", ".traj")
 
 def is_data_file(path: PathLike) -> bool:
     """Whether a file's name says that it holds records; any other is one text."""
-    return _plain(path).endswith((*_JSON, ".jsonl", ".parquet"))
+    return _plain(path).endswith((*_JSON, ".jsonl", ".ndjson", ".parquet"))
 
 
 def records(path: PathLike, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:

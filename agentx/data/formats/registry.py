@@ -36,6 +36,7 @@ from agentx.data.formats.recorded import (
     verifiers_conversation,
 )
 from agentx.data.formats.records import records
+from agentx.data.formats.texts import markers_of
 from agentx.render import Renderer, ToolRenderer, as_tool_format
 from agentx.trajectory import Message, Role, Trajectory
 
@@ -69,8 +70,11 @@ def _is_openai(record: dict[str, Any]) -> bool:
         return False
     foreign = {"tool_call_id", "function_call", "name", "reasoning_content", "refusal", "weight"}
     for message in (m for m in messages if isinstance(m, dict)):
-        calls = message.get("tool_calls") or []
-        if foreign & set(message) or isinstance(message.get("content"), list):
+        calls = message.get("tool_calls", [])
+        if foreign & set(message) or isinstance(message.get("content"), list) or calls is None:
+            return True
+        role, content = message.get("role"), message.get("content", "")
+        if role in ("developer", "function") or (role == "assistant" and content is None):
             return True
         if isinstance(calls, list) and any(isinstance(c, dict) and "function" in c for c in calls):
             return True
@@ -80,7 +84,8 @@ def _is_openai(record: dict[str, Any]) -> bool:
 
 def _is_hermes(record: dict[str, Any]) -> bool:
     turns = record.get("conversations")
-    texts = [str(t.get("value")) for t in turns if isinstance(t, dict)] if turns else []
+    listed = turns if isinstance(turns, list) else []
+    texts = [str(turn.get("value")) for turn in listed if isinstance(turn, dict)]
     return any(tag in text for text in texts for tag in ("<tool_call>", "<tools>"))
 
 
@@ -122,30 +127,14 @@ def sniff(path: PathLike) -> str:
     )
 
 
-def read_conversations(
-    path: PathLike,
-    *,
-    format: str = "",
-    on_error: OnError = "raise",
-    counts: ReadCounts | None = None,
-) -> Iterator[Conversation]:
-    """One conversation for each record of a file, whose format is recognised unless it is named.
-
-    Raises ValueError for a record that is not one, naming file, line and field, for an id that
-    comes twice, and for a file without a conversation.
-    """
-    chosen = format or sniff(path)
-    if chosen == TEXT and not format:
-        raise ValueError(f"{path}: its first records hold a 'text' and no conversation")
-    yield from read_as(chosen, path, str(path), on_error, counts)
-
-
 def read_as(
-    format: str, path: PathLike, where: str, on_error: OnError, counts: ReadCounts | None
+    format: str, path: PathLike, on_error: OnError, counts: ReadCounts
 ) -> Iterator[Conversation]:
-    """The same, of a known format. An error calls what is empty `where`; with "" it may be."""
-    if format not in FORMATS:
-        raise ValueError(f"there is no format {format!r}; there are {', '.join(FORMATS)}")
+    """One conversation for each record of a file of this format.
+
+    Raises ValueError for a record that is not one, naming file, line and field, and for an id that
+    comes twice.
+    """
     chosen, ids = FORMATS[format], Ids()
 
     def parse(record: tuple[str, Any]) -> Conversation | None:
@@ -163,11 +152,11 @@ def read_as(
             ids.check(given[0] if len(given) == 1 else tuple(given), place)
         return conversation if conversation.messages else None
 
-    yield from read_records(records(path), parse, where, on_error, counts)
+    yield from read_records(records(path), parse, on_error, counts)
 
 
 def write_conversations(path: PathLike, conversations: Iterable[Conversation]) -> None:
-    """Writes what `read_conversations` reads, in one step: a reader never sees half a file."""
+    """Writes what `read_documents` reads, in one step: a reader never sees half a file."""
     partial = Path(f"{path}.partial")
     with partial.open("w", encoding="utf-8") as file:
         for conversation in conversations:
@@ -188,4 +177,10 @@ def conversation_trajectory(conversation: Conversation, renderer: Renderer) -> T
     spoken = (Role.THOUGHT, Role.CALL, Role.ARGUMENTS, Role.ANSWER)
     prompt = next((i for i, span in enumerate(spans) if span.role in spoken), len(spans))
     reward = math.nan if conversation.reward is None else conversation.reward
-    return Trajectory(spans, reward, task_id=conversation.name, num_prompt_spans=prompt)
+    return Trajectory(
+        spans,
+        reward,
+        task_id=conversation.name,
+        num_prompt_spans=prompt,
+        markers=markers_of(renderer.tokenizer),
+    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
 import numpy as np
 
-from agentx.data.formats.places import File, PathLike, find_files
+from agentx.data.formats.places import File, PathLike
 from agentx.data.formats.reading import (
     Ids,
     Malformed,
@@ -21,7 +22,7 @@ from agentx.data.formats.reading import (
 )
 from agentx.data.formats.records import records
 from agentx.tokenizer import Tokenizer
-from agentx.trajectory import Role, Span, Trajectory
+from agentx.trajectory import Markers, Role, Span, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,34 +36,14 @@ class TextDocument:
     text: str
     trace: str = ""
 
-
-def read_text_tree(
-    root: PathLike,
-    pattern: str = "*",
-    *,
-    on_error: OnError = "raise",
-    counts: ReadCounts | None = None,
-) -> Iterator[TextDocument]:
-    """One document for each file below `root` (or for `root`, if it is a file), in order of path.
-
-    pattern: of file names, "*.py" for instance. A document's name is its path from `root`. What is
-    hidden (.git, for instance) is skipped and counted as that, and so is what is no file.
-    Raises ValueError for a file that is not UTF-8, naming it and the offset of the byte, and where
-    there is nothing to read.
-    """
-    files = find_files(root, pattern)
-    yield from read_records(
-        [file for file in files if not counted_out(file, counts)],
-        text_file,
-        f"{root} ({pattern})",
-        on_error,
-        counts,
-    )
+    @property
+    def num_characters(self) -> int:
+        return len(self.text) + len(self.trace)
 
 
-def counted_out(file: File, counts: ReadCounts | None) -> bool:
+def counted_out(file: File, counts: ReadCounts) -> bool:
     """Whether a file is not to be read, which is counted by reason."""
-    if file.fault and counts is not None:
+    if file.fault:
         counts.read += 1
         counts.skipped[file.fault] += 1
     return bool(file.fault)
@@ -78,32 +59,18 @@ def text_file(file: File) -> TextDocument | None:
     return TextDocument(file.name, text) if text.strip() else None
 
 
-def read_text_jsonl(
-    path: PathLike,
-    field: str = "text",
-    *,
-    trace: str = "",
-    on_error: OnError = "raise",
-    counts: ReadCounts | None = None,
-) -> Iterator[TextDocument]:
-    """One document for each record of a JSONL, JSON or Parquet file, of the string under `field`.
-
-    trace: a field beside it that holds a reasoning trace, or null. Raises ValueError for a record
-    that has no such strings, naming file and line, for an "id" that comes twice, and for a file
-    without a document.
-    """
-    yield from read_texts(path, field, trace, str(path), on_error, counts)
-
-
 def read_texts(
     path: PathLike,
     field: str,
     trace: str,
-    where: str,
     on_error: OnError,
-    counts: ReadCounts | None,
+    counts: ReadCounts,
 ) -> Iterator[TextDocument]:
-    """The same. An error calls what is empty `where`; with "" it may be."""
+    """One document for each record of a file, of the string under `field`.
+
+    trace: a field beside it that holds a reasoning trace, or null. Raises ValueError for a record
+    that has no such strings, naming file and line, and for an "id" that comes twice.
+    """
     ids = Ids()
 
     def parse(line: tuple[str, object]) -> TextDocument | None:
@@ -121,7 +88,7 @@ def read_texts(
         return TextDocument(place, text, thought or "") if text.strip() else None
 
     columns = [field, *([trace] if trace else [])]
-    yield from read_records(records(path, columns), parse, where, on_error, counts)
+    yield from read_records(records(path, columns), parse, on_error, counts)
 
 
 def text_trajectory(document: TextDocument, tokenizer: Tokenizer) -> Trajectory:
@@ -138,4 +105,11 @@ def text_trajectory(document: TextDocument, tokenizer: Tokenizer) -> Trajectory:
     else:
         ids, trace = [bos, *tokenizer.encode(document.text), end], []
     spans = [Span(Role.TEXT, np.array(ids, np.int32)), *trace]
-    return Trajectory(spans, reward=math.nan, task_id=document.name)
+    markers = markers_of(tokenizer)
+    return Trajectory(spans, reward=math.nan, task_id=document.name, markers=markers)
+
+
+@functools.lru_cache(maxsize=1)
+def markers_of(tokenizer: Tokenizer) -> Markers:
+    """The ids of its markers; looked up once, which else would cost more than a short span."""
+    return Markers.of(tokenizer.special)
