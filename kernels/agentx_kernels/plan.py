@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from agentx_kernels.blocks import BlockConfig
 from agentx_kernels.layout import TreeLayout
 
 # A jax.Array; inside a kernel, a reference to one.
@@ -82,34 +83,32 @@ class KeyBlocks(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["queries", "keys"],
-    meta_fields=["length", "query_block", "key_block", "window"],
+    meta_fields=["length", "config", "window"],
 )
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
-    """See the module. query_block, key_block: tokens a block; window: what it was made for."""
+    """See the module. length, config, window: what it was made for."""
 
     queries: QueryBlocks
     keys: KeyBlocks
     length: int
-    query_block: int
-    key_block: int
+    config: BlockConfig
     window: int | None
 
 
-def make_plan(
-    layout: TreeLayout, *, query_block: int, key_block: int, window: int | None = None
-) -> BlockPlan:
+def make_plan(layout: TreeLayout, *, config: BlockConfig, window: int | None = None) -> BlockPlan:
     """The plan of a batch, for attention in these blocks and with this window.
 
     layout: i32[B, S] each. The last block may be shorter than the others.
+    config: from `agentx_kernels.blocks`.
     window: a token sees itself and ancestors less than `window` above it; None for all of them.
     """
     real = layout.subtree_end > 0
     index_q, real_q, depth_q = (
-        _blocks(x, query_block) for x in (layout.index, real, layout.position)
+        _blocks(x, config.query) for x in (layout.index, real, layout.position)
     )
     index_k, real_k, depth_k, end_k = (
-        _blocks(x, key_block) for x in (layout.index, real, layout.position, layout.subtree_end)
+        _blocks(x, config.key) for x in (layout.index, real, layout.position, layout.subtree_end)
     )
     queries = QueryBlocks(
         index_min=_least(index_q, real_q),
@@ -134,7 +133,7 @@ def make_plan(
     )
     queries = queries._replace(**_bounds(queries, lambda query: visits(query, keys, window)))
     keys = keys._replace(**_bounds(keys, lambda key: visits(queries, key, window)))
-    return BlockPlan(queries, keys, layout.index.shape[1], query_block, key_block, window)
+    return BlockPlan(queries, keys, layout.index.shape[1], config, window)
 
 
 def visited_blocks(plan: BlockPlan) -> Array:

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from agentx_kernels.plan import KeyBlocks, QueryBlocks
+from agentx_kernels.scores import Scores
 
 Array = Any
 Blocks = TypeVar("Blocks", QueryBlocks, KeyBlocks)
@@ -24,11 +24,9 @@ LOWEST = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is known when a kernel is compiled. scale: of the scores; part: P."""
+    """What a kernel is compiled with. vmem_limit: bytes; interpret: as `pallas_call` takes it."""
 
-    scale: float
-    softcap: float | None
-    part: int
+    scores: Scores
     vmem_limit: int
     interpret: Any = False
 

@@ -53,7 +53,7 @@ def backward(
     """
     batch, heads, length, size = q.shape
     kv_heads, value_size = k.shape[1], v.shape[3]
-    block_q, block_k = plan.query_block, plan.key_block
+    block_q, block_k = plan.config.query, plan.config.key
     whole = pl.BlockSpec(memory_space=pl.ANY)
 
     def rows(width: int) -> pl.BlockSpec:
@@ -65,7 +65,7 @@ def backward(
     inputs = [k, v, tokens, q, do, jnp.stack([lse, delta], 2), tokens, zeros]
     return pl.pallas_call(
         functools.partial(
-            _backward_kernel, groups=heads // kv_heads, window=plan.window, options=options
+            _backward_kernel, groups=heads // kv_heads, part=plan.config.part, options=options
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -100,11 +100,14 @@ def backward(
     )(*scalars, *inputs)
 
 
-def _backward_kernel(*refs: Any, groups: int, window: int | None, options: Options) -> None:
+def _backward_kernel(*refs: Any, groups: int, part: int, options: Options) -> None:
+    window = options.scores.window
     num_q, num_k = len(QueryBlocks._fields), len(KeyBlocks._fields)
     queries, keys = QueryBlocks(*refs[:num_q]), KeyBlocks(*refs[num_q : num_q + num_k])
-    k_ref, v_ref, own_ref, q_hbm, do_hbm, sums_hbm, tokens_hbm, _, *refs = refs[num_q + num_k :]
-    dq_hbm, dk_ref, dv_ref, *scratch = refs
+    k_ref, v_ref, own_ref, q_hbm, do_hbm, sums_hbm, tokens_hbm = refs[num_q + num_k :][:7]
+    dq_hbm, dk_ref, dv_ref, *scratch = refs[
+        num_q + num_k + 8 :
+    ]  # behind the zeros that dq begins as
     q_buffer, do_buffer, sums_buffer, t_buffer, dq_buffer, arrived, stored, *scratch = scratch
     own, dk_acc, dv_acc = scratch
     b, kv_head, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -121,8 +124,8 @@ def _backward_kernel(*refs: Any, groups: int, window: int | None, options: Optio
             (dq_hbm.at[b, n, at], dq_buffer),
         ]
         return [
-            pltpu.make_async_copy(source, buffer.at[slot], arrived.at[part, slot])
-            for part, (source, buffer) in enumerate(parts)
+            pltpu.make_async_copy(source, buffer.at[slot], arrived.at[place, slot])
+            for place, (source, buffer) in enumerate(parts)
         ]
 
     def store(g: Array, i: Array, slot: Array) -> Any:
@@ -164,15 +167,19 @@ def _backward_kernel(*refs: Any, groups: int, window: int | None, options: Optio
 
         def attend(masked: bool) -> None:
             k, v = k_ref[0, 0], v_ref[0, 0]
-            for start in range(0, block_q, options.part):
-                at = pl.ds(start, options.part)
+            for start in range(0, block_q, part):
+                at = pl.ds(start, part)
                 q, do = q_buffer[slot, at], do_buffer[slot, at]
-                s = dot(k, q, 1, 1) * (options.scale * LOG2_E)
-                s = capped(s, options.softcap)
-                slope = 1.0 - (s * (1 / (options.softcap * LOG2_E))) ** 2 if options.softcap else None
+                s = dot(k, q, 1, 1) * (options.scores.scale * LOG2_E)
+                s = capped(s, options.scores.softcap)
+                slope = (
+                    1.0 - (s * (1 / (options.scores.softcap * LOG2_E))) ** 2
+                    if options.scores.softcap
+                    else None
+                )
                 if masked:
                     mine = [t_buffer[slot, field : field + 1, at] for field in range(3)]
-                    theirs = [over_lanes(own[field], options.part) for field in range(3)]
+                    theirs = [over_lanes(own[field], part) for field in range(3)]
                     s = jnp.where(allowed(mine, theirs, window), s, HIDDEN)
                 p = jnp.exp2(s - sums_buffer[slot, 0:1, at])
                 dv_acc[...] += dot(p.astype(do.dtype), do, 1, 0)
@@ -189,13 +196,13 @@ def _backward_kernel(*refs: Any, groups: int, window: int | None, options: Optio
         return next_g, next_i, 1 - slot, num_before + 1
 
     first = jnp.where(is_seen, 0, groups), key.first, 0, 0
-    _, _, slot, _ = lax.while_loop(lambda state: state[0] < groups, visit, first)
+    slot = lax.while_loop(lambda state: state[0] < groups, visit, first)[2]
 
     @pl.when(is_seen)
     def _() -> None:
         store(0, key.first, 1 - slot).wait()
 
-    dk_ref[0, 0] = (dk_acc[...] * options.scale).astype(dk_ref.dtype)
+    dk_ref[0, 0] = (dk_acc[...] * options.scores.scale).astype(dk_ref.dtype)
     dv_ref[0, 0] = dv_acc[...].astype(dv_ref.dtype)
 
 

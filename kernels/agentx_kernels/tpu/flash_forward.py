@@ -37,6 +37,7 @@ from agentx_kernels.tpu.common import (
 
 Array = Any
 
+
 def forward(
     q: Array, k: Array, v: Array, tokens: Array, plan: BlockPlan, sinks: Array, options: Options
 ) -> tuple[Array, Array]:
@@ -47,12 +48,15 @@ def forward(
     """
     batch, heads, length, size = q.shape
     value_size = v.shape[3]
-    block_q, block_k = plan.query_block, plan.key_block
+    block_q, block_k = plan.config.query, plan.config.key
     whole = pl.BlockSpec(memory_space=pl.ANY)
-    rows = lambda width: pl.BlockSpec((1, 1, block_q, width), lambda b, n, i, *_: (b, n, i, 0))
+
+    def rows(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 1, block_q, width), lambda b, n, i, *_: (b, n, i, 0))
+
     scalars = [*plan.queries, *plan.keys, sinks]
     kernel = functools.partial(
-        _forward_kernel, groups=heads // k.shape[1], window=plan.window, options=options
+        _forward_kernel, groups=heads // k.shape[1], part=plan.config.part, options=options
     )
     o, lse = pl.pallas_call(
         kernel,
@@ -76,7 +80,7 @@ def forward(
                 pltpu.VMEM((2, 3, block_k), jnp.int32),
                 pltpu.SemaphoreType.DMA((3, 2)),
                 pltpu.SMEM((1,), jnp.int32),
-                pltpu.VMEM((_num_fields(plan.window), block_q, LANES), jnp.int32),
+                pltpu.VMEM((_num_fields(options.scores.window), block_q, LANES), jnp.int32),
                 pltpu.VMEM((block_q, LANES), jnp.float32),
                 pltpu.VMEM((block_q, LANES), jnp.float32),
                 pltpu.VMEM((block_q, value_size), jnp.float32),
@@ -96,10 +100,13 @@ def forward(
     return o, lse[:, :, 0]
 
 
-def _forward_kernel(*refs: Any, groups: int, window: int | None, options: Options) -> None:
+def _forward_kernel(*refs: Any, groups: int, part: int, options: Options) -> None:
+    window = options.scores.window
     num_q, num_k = len(QueryBlocks._fields), len(KeyBlocks._fields)
     queries, keys = QueryBlocks(*refs[:num_q]), KeyBlocks(*refs[num_q : num_q + num_k])
-    sinks, q_ref, own_ref, tokens_hbm, k_hbm, v_hbm, o_ref, lse_ref, *scratch = refs[num_q + num_k :]
+    sinks, q_ref, own_ref, tokens_hbm, k_hbm, v_hbm, o_ref, lse_ref, *scratch = refs[
+        num_q + num_k :
+    ]
     k_buffer, v_buffer, t_buffer, arrived, slot_ref, own, m_ref, l_ref, acc_ref = scratch
     b, n, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     kv_head = lax.div(n, groups)
@@ -114,8 +121,8 @@ def _forward_kernel(*refs: Any, groups: int, window: int | None, options: Option
             (tokens_hbm.at[b, :, at], t_buffer),
         ]
         return [
-            pltpu.make_async_copy(source, buffer.at[slot], arrived.at[part, slot])
-            for part, (source, buffer) in enumerate(parts)
+            pltpu.make_async_copy(source, buffer.at[slot], arrived.at[place, slot])
+            for place, (source, buffer) in enumerate(parts)
         ]
 
     def fetch(j: Array, slot: Array) -> None:
@@ -162,16 +169,16 @@ def _forward_kernel(*refs: Any, groups: int, window: int | None, options: Option
         is_whole = is_full(query, key, window)
 
         def attend(masked: bool) -> None:
-            for start in range(0, block_k, options.part):
-                at = pl.ds(start, options.part)
-                s = dot(q_ref[0, 0], k_buffer[slot, at], 1, 1) * (options.scale * LOG2_E)
-                s = capped(s, options.softcap)
+            for start in range(0, block_k, part):
+                at = pl.ds(start, part)
+                s = dot(q_ref[0, 0], k_buffer[slot, at], 1, 1) * (options.scores.scale * LOG2_E)
+                s = capped(s, options.scores.softcap)
                 if masked:
-                    mine = [over_lanes(own[field], options.part) for field in range(own.shape[0])]
+                    mine = [over_lanes(own[field], part) for field in range(own.shape[0])]
                     theirs = [t_buffer[slot, field : field + 1, at] for field in range(3)]
                     s = jnp.where(allowed(mine, theirs, window), s, HIDDEN)
                 m = jnp.maximum(m_ref[...], s.max(1, keepdims=True))
-                p = jnp.exp2(s - over_lanes(m, options.part))
+                p = jnp.exp2(s - over_lanes(m, part))
                 keep = jnp.exp2(m_ref[...] - m)
                 m_ref[...] = m
                 l_ref[...] = keep * l_ref[...] + p.sum(1, keepdims=True)
