@@ -49,6 +49,14 @@ class Restored(NamedTuple):
     extras: dict[str, Any]
 
 
+class Saved(NamedTuple):
+    """A checkpoint whose files are all as they were written: its folder, its step, its extras."""
+
+    folder: Path
+    step: int
+    extras: dict[str, Any]
+
+
 class CheckpointStore:
     """The checkpoints of one run: saves in the background, keeps the newest `keep`.
 
@@ -178,28 +186,11 @@ class CheckpointStore:
                 shutil.rmtree(entry)
 
 
-def read_extras(directory: PathLike) -> tuple[int, dict[str, Any]]:
-    """Step and extras of the newest undamaged checkpoint, without its arrays.
+def newest_checkpoint(directory: PathLike) -> Saved:
+    """The newest undamaged checkpoint, every byte of which is read once for that.
 
-    Raises ValueError where there is none.
+    Nothing is written or deleted. Raises ValueError where there is none.
     """
-    about = _about(_newest_folder(directory))
-    return about["step"], about["extras"]
-
-
-def restore_params(
-    directory: PathLike, abstract_params: Any, *, timeout_s: float = 1200.0
-) -> Restored:
-    """The `params` of the newest undamaged checkpoint; the optimizer's state is not read.
-
-    abstract_params: as in `CheckpointStore.restore`. Nothing is written or deleted. Raises
-    ValueError where there is no checkpoint, or one of another model.
-    """
-    folder = _newest_folder(directory)
-    return _restore(folder, abstract_params, field="params", timeout_s=timeout_s)
-
-
-def _newest_folder(directory: PathLike) -> Path:
     path = Path(directory).absolute()
     if not path.is_dir():
         raise ValueError(f"there is no directory of checkpoints at {path}")
@@ -209,7 +200,18 @@ def _newest_folder(directory: PathLike) -> Path:
         raise ValueError(
             _all_damaged(path, damaged) if damaged else f"{path} holds no complete checkpoint"
         )
-    return path / f"step_{step:08d}"
+    folder = path / f"step_{step:08d}"
+    about = _about(folder)
+    return Saved(folder, about["step"], about["extras"])
+
+
+def restore_params(saved: Saved, abstract_params: Any, *, timeout_s: float = 1200.0) -> Any:
+    """The `params` of a checkpoint; the optimizer's state is not read.
+
+    abstract_params: as in `CheckpointStore.restore`. Raises ValueError where the checkpoint is of
+    another model.
+    """
+    return _restore(saved.folder, abstract_params, field="params", timeout_s=timeout_s).state
 
 
 def _check_directory(path: Path) -> None:

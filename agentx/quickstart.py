@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -100,10 +101,13 @@ class Evaluation:
     @classmethod
     def load(cls, path: Path) -> Evaluation:
         fields = json.loads(path.read_text(encoding="utf-8"))
+        # Older files have more fields, which nothing reads.
+        known = {field.name for field in dataclasses.fields(EpisodeResult)}
         for name in ("held_out", "new_tool"):
+            for episode in fields[name]:
+                episode["calls"] = tuple(map(tuple, episode["calls"]))
             fields[name] = [
-                EpisodeResult(**episode | {"calls": tuple(map(tuple, episode["calls"]))})
-                for episode in fields[name]
+                EpisodeResult(**{key: e[key] for key in e if key in known}) for e in fields[name]
             ]
         return cls(**fields)
 
@@ -149,10 +153,8 @@ def run(out: Path, seed: int, ablate: str, overrides: Sequence[str]) -> int:
     results = {
         "seed": seed,
         "split": config.tasks.split.replace("_", "-"),
-        "command": " ".join(["agentx", *sys.argv[1:]]),
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {name: version(name) for name in ("agentx", "jax", "flax", "optax")}
-        | {"python": platform.python_version()},
+        "command": shlex.join(["agentx", *sys.argv[1:]]),
+        **describe_machine(),
         "seconds": data["seconds"]
         + sum(stage["seconds"] + stage["evaluation_s"] for stage in [*stages, *ablated]),
         "data": data,
@@ -195,6 +197,15 @@ def _stage_of(override: str) -> str:
     """The stage that an override is for: the first part of its scope, if that is a stage's name."""
     scope, slash, _ = override.removeprefix("--gin.").partition("=")[0].partition("/")
     return scope if slash and scope.removesuffix(_ABLATED) in STAGES else ""
+
+
+def describe_machine() -> dict[str, Any]:
+    """What results say of the machine and the software that they were made with."""
+    versions = {name: version(name) for name in ("agentx", "jax", "flax", "optax")}
+    return {
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "versions": versions | {"python": platform.python_version()},
+    }
 
 
 def write_json(path: Path, value: Any) -> None:

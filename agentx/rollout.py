@@ -4,25 +4,26 @@ In: tasks, an engine that holds the policy, a renderer. Out: `Episode`s, each wi
 whose ids are exactly what was sampled and what was fed. Nothing sampled is ever encoded again: the
 spans of a turn are cut from its ids, and only the observation's ids are added.
 
-What goes wrong is counted, never hidden: an episode whose environment crashed or timed out has
-`failure` set and does not train (its trajectory is empty where `reset` failed); one that ran out of
-context is `truncated`, keeps its reward of 0 and does. A group trains when at least two of its
-episodes did not crash.
+What goes wrong is counted, never hidden: an episode whose environment crashed, timed out or gave
+what cannot be used has `failure` set and does not train (its trajectory is empty where it could not
+begin); one that ran out of context is `truncated`, keeps its reward of 0 and does. A group trains
+when at least two of its episodes did not crash.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
 
-from agentx.env.base import CallRecord, Env, Task
+from agentx.env.base import CallRecord, Env, Observation, Task
 from agentx.render import ToolRenderer
 from agentx.sample.engine import Engine, Session
-from agentx.trajectory import Message, Outcome, ToolSpec, Trajectory
+from agentx.trajectory import Message, Outcome, Span, ToolSpec, Trajectory
 
 T = TypeVar("T")
 
@@ -62,12 +63,39 @@ class Episode:
 
 async def _guarded(call: Awaitable[T], name: str, limits: RolloutLimits) -> tuple[T | None, str]:
     """What a coroutine of an environment returns, or else why it did not."""
+    limit = asyncio.timeout(limits.step_timeout_s)
     try:
-        return await asyncio.wait_for(call, limits.step_timeout_s), ""
-    except TimeoutError:
-        return None, f"{name} took over {limits.step_timeout_s:g} s"
+        async with limit:
+            returned = await call
     except Exception as error:  # an environment's own fault must not end the run
+        if limit.expired():
+            return None, f"{name} took over {limits.step_timeout_s:g} s"
         return None, f"{name} raised {type(error).__name__}: {error}"
+    return returned, f"{name} returned nothing" if returned is None else ""
+
+
+def _read(observation: Observation, renderer: ToolRenderer) -> tuple[list[Span], str]:
+    """The spans of an observation, or else why there are none."""
+    if observation.done and not math.isfinite(observation.reward):
+        return [], f"env.step gave a reward of {observation.reward}"
+    try:
+        return renderer.render_observations(observation.messages), ""
+    except ValueError as error:
+        return [], f"env.step gave what cannot be rendered: {error}"
+
+
+def _read_prompt(
+    messages: Sequence[Message], env: Env, renderer: ToolRenderer, max_length: int
+) -> tuple[np.ndarray, str]:
+    """The ids of a prompt, or else why no episode can begin with it."""
+    try:
+        spans = renderer.render(messages, env.tools)
+    except ValueError as error:
+        return np.zeros(0, np.int32), f"env.reset gave what cannot be rendered: {error}"
+    ids = np.concatenate([s.ids for s in spans])
+    if len(ids) >= max_length:
+        return ids, f"the prompt has {len(ids)} tokens, which fills the context of {max_length}"
+    return ids, ""
 
 
 async def run_episode(
@@ -89,26 +117,24 @@ async def run_episode(
     while True:
         turn = await engine.generate(session, pending, limits.max_new_tokens)
         message = renderer.parse(turn.ids, env.tools)
-        done, outcome, observed = True, Outcome.FAILED, []
+        done, outcome = True, Outcome.FAILED
+        observed: list[Span] = []
         answers: tuple[Message, ...] = ()
         if turn.stop_reason == "context":
             episode.truncated = True
         else:
             observation, episode.failure = await _guarded(env.step(message), "env.step", limits)
             if observation is not None:
-                try:
-                    observed = renderer.render_observations(observation.messages)
-                except ValueError as error:
-                    episode.failure = f"env.step gave what cannot be rendered: {error}"
-                else:
-                    done, answers = observation.done, observation.messages
-                    episode.reward = observation.reward if done else 0.0
-                    trajectory.info.update(observation.info)
-                    failed = any(m.outcome is Outcome.FAILED for m in observation.messages)
-                    recovered = failed_before and not failed and bool(message.tool_calls)
-                    outcome = Outcome.RECOVERED if recovered else Outcome.OK
-                    outcome = Outcome.FAILED if failed else outcome
-                    failed_before = failed
+                observed, episode.failure = _read(observation, renderer)
+            if observation is not None and not episode.failure:
+                done, answers = observation.done, observation.messages
+                episode.reward = observation.reward if done else 0.0
+                trajectory.info.update(observation.info)
+                failed = any(m.outcome is Outcome.FAILED for m in observation.messages)
+                recovered = failed_before and not failed and bool(message.tool_calls)
+                outcome = Outcome.RECOVERED if recovered else Outcome.OK
+                outcome = Outcome.FAILED if failed else outcome
+                failed_before = failed
         spans.extend(renderer.sampled_spans(turn.ids, turn.logprobs, turn.weight_version, outcome))
         said.append(dataclasses.replace(message, outcome=outcome))
         if done:
@@ -147,9 +173,11 @@ async def _run_group(
     ]
     ready = [number for number, (messages, _) in enumerate(resets) if messages is not None]
     if ready:
-        spans = renderer.render(prompts[0], envs[ready[0]].tools)
-        ids = np.concatenate([s.ids for s in spans])
-        sessions = await engine.open_group(ids, [request_ids[number] for number in ready])
+        ids, fault = _read_prompt(prompts[0], envs[ready[0]], renderer, engine.max_length)
+        for number in ready:
+            episodes[number].failure = fault
+        asked = [] if fault else [request_ids[number] for number in ready]
+        sessions = await engine.open_group(ids, asked) if asked else []
 
         async def play(number: int, session: Session) -> None:
             try:

@@ -24,35 +24,31 @@ import fcntl
 import itertools
 import json
 import os
-import platform
 import re
 import resource
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from agentx.checkpoint import read_extras
 from agentx.cli.config import find_config, load_config
 from agentx.cli.runs import load_run, prepare_run
 from agentx.env.tasks.recordings import RecordingConfig
 from agentx.eval.calls import CallSuite, LibraryCalls
 from agentx.eval.scores import Score, mean_of_runs, paired_runs_difference
 from agentx.metrics import Progress, read_metrics
-from agentx.quickstart import record_data, write_json
+from agentx.quickstart import describe_machine, record_data, write_json
 from agentx.render import ToolRenderer
 from agentx.report.sweep import plot_sweep, sweep_markdown
 from agentx.sample.engine import Engine
-from agentx.train import TrainConfig, checkpoint_dir
+from agentx.train import TrainConfig, newest_saved, until_sigterm
 
 # What a name of an arm or a point may be made of, for it is a folder's too.
 _NAME = re.compile(r"[\w+=.,-]+")
@@ -145,7 +141,10 @@ def plan(config: SweepConfig, out: Path, overrides: Sequence[str] = ()) -> list[
 
     overrides: of every run; an arm's own go last.
     """
-    shared = [f"DATA={out}"] if config.recording is not None else []
+    # In quotes, for a folder may be called 2024.
+    shared = (
+        [f"DATA={json.dumps(str(out), ensure_ascii=False)}"] if config.recording is not None else []
+    )
     return [
         Run(arm, seed, (*shared, *overrides, *own, f"TrainConfig.seed={seed}"))
         for seed in config.seeds
@@ -179,7 +178,11 @@ def run_sweep(file: str, out: Path | None, *, dry_run: bool, overrides: Sequence
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out) as lock:
-        prepare_run(config, out)
+        # These two may differ from call to call, for they change no result.
+        at_defaults = dataclasses.replace(
+            config, parallel=SweepConfig.parallel, timeout_s=SweepConfig.timeout_s
+        )
+        prepare_run(at_defaults, out)
         # ------------------------------------------------------------ data
         if config.recording is not None:
             record_data(config.recording, config.vocab_size, out, console)
@@ -198,9 +201,7 @@ def run_sweep(file: str, out: Path | None, *, dry_run: bool, overrides: Sequence
         about = {
             "name": find_config(file).stem,
             "command": shlex.join(["agentx", *sys.argv[1:]]),
-            "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-            "versions": {name: version(name) for name in ("agentx", "jax", "flax", "optax")}
-            | {"python": platform.python_version()},
+            **describe_machine(),
             "seconds": before["seconds"] + time.perf_counter() - started,
             "cpu_seconds": before["cpu_seconds"] + _cpu_seconds(),
         }
@@ -254,6 +255,8 @@ class _Process:
     def __init__(self, folder: Path, environment: Mapping[str, str], lock: int):
         self._log = folder / "log.txt"
         self._log_start = self._log.stat().st_size if self._log.exists() else 0
+        # Whether it was told to stop because it had had its time.
+        self.is_late = False
         self.started = time.monotonic()
         with self._log.open("ab") as log:
             self._popen = subprocess.Popen(
@@ -280,7 +283,7 @@ class _Process:
         with self._log.open("rb") as log:
             log.seek(self._log_start)
             lines = log.read().decode(errors="replace").split("\n")
-        said = [line for line in lines if line.startswith("error: ")] or [*filter(None, lines), ""]
+        said = [line for line in lines if line.startswith("error: ")] or ["", *filter(None, lines)]
         if self._popen.returncode == 2 and said[-1]:
             return said[-1].removeprefix("error: ")
         return f"ended with code {self._popen.returncode}: {said[-1]}".rstrip(": ")
@@ -328,7 +331,7 @@ class _Sweep:
         over: list[Run] = []
         total = len(self._configs)
         with (
-            _until_sigterm() as stop,
+            until_sigterm() as stop,
             Progress("runs", total, done=total - len(waiting)) as progress,
         ):
             try:
@@ -358,20 +361,22 @@ class _Sweep:
 
     def _is_over(self, process: _Process) -> bool:
         """Whether it has ended, or has had its time and is told to."""
-        is_late = time.monotonic() - process.started > self._config.timeout_s
-        if is_late:
+        if process.ended():
+            return True
+        process.is_late = time.monotonic() - process.started > self._config.timeout_s
+        if process.is_late:
             process.tell_to_stop()
-        return process.ended() or is_late
+        return process.is_late
 
     def _record(self, run: Run, process: _Process) -> dict[str, Any]:
         """What became of a run; in its run.json too, where it came to its end."""
         folder, wanted = self._out / run.name, self._configs[run].num_steps
-        if not process.ended():
-            process.wait()
+        process.wait()
+        if process.is_late:
             return _record_of(run, f"took over {self._config.timeout_s:g} s")
         if error := process.error():
             return _record_of(run, error)
-        step, extras = read_extras(checkpoint_dir(folder))
+        _, step, extras = newest_saved(folder)
         if step < wanted:
             return _record_of(run, f"was told to stop at step {step}")
         logged = read_metrics(folder)
@@ -425,16 +430,6 @@ class _Sweep:
         )
         about = f"run {len(self.records)} of {len(self._configs)}, {run.name}"
         self._console.print(f"{about}: {said}", markup=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def _until_sigterm() -> Iterator[threading.Event]:
-    stop = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _record_of(run: Run, error: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ In: a `TrainConfig`, a folder for the run. Out, in that folder:
     config.gin        the resolved config (written by the command line)
     tokenizer.model   the tokenizer that the run used
     checkpoints/      state, step and what they belong to
-    metrics.jsonl     one record a logged step
+    metrics.jsonl     one record a logged step; seconds: of the run so far, as in RunSummary
 
 Started again in the same folder, a run goes on from its newest complete checkpoint, and its
 parameters are bit for bit those of a run that was never stopped. SIGTERM saves and ends in order.
@@ -29,12 +29,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from agentx.checkpoint import CheckpointStore, read_extras, restore_params
+from agentx.checkpoint import CheckpointStore, Saved, newest_checkpoint, restore_params
 from agentx.losses import NextTokenLoss, PolicyGradientLoss
 from agentx.metrics import MetricsWriter, Progress
 from agentx.model.config import ModelConfig
 from agentx.model.transformer import abstract_transformer
 from agentx.optim import OptimizerConfig, make_optimizer
+from agentx.sample.sampling import check_seed
 from agentx.sharding import MeshConfig, check_batch, make_mesh, tree_shardings
 from agentx.source import DatasetSource, MixtureSource, RolloutSource, SourceBatch, SourceContext
 from agentx.step import abstract_state, init_state, make_train_step
@@ -51,7 +52,8 @@ class TrainConfig:
     model, source, loss, optimizer, mesh: what is trained, on what, how, and on which devices.
     tokenizer: path of the tokenizer. num_steps: optimizer steps. init_from: a run whose parameters
     this one begins with; "" for fresh ones. checkpoint_every, log_every: in steps; one whose batch
-    comes with measurements of its own, as rollouts do, is always logged.
+    comes with measurements of its own, as rollouts do, is always logged. seed: of all random
+    numbers, in [0, 2^31).
     """
 
     model: ModelConfig
@@ -74,6 +76,7 @@ class TrainConfig:
                 raise ValueError(
                     f"TrainConfig.{name} is {getattr(self, name)}; it must be 1 or more"
                 )
+        check_seed("TrainConfig.seed", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +127,7 @@ def train(
     )
 
     with (
-        _until_sigterm() as stop,
+        until_sigterm() as stop,
         CheckpointStore(checkpoint_dir(run_dir), keep=config.keep_checkpoints) as checkpoints,
     ):
         # ------------------------------------------------------------ where to begin
@@ -145,7 +148,8 @@ def train(
         else:
             params = None
             if config.init_from:
-                params = load_params(Path(config.init_from), model, mesh, tokenizer)
+                saved = newest_saved(Path(config.init_from))
+                params = load_params(saved, model, mesh, tokenizer)
             state = init_state(model, optimizer, mesh, jax.random.key(config.seed))
             state = state if params is None else state._replace(params=params)
             before = {"tokens": 0, "seconds": 0.0}
@@ -158,6 +162,8 @@ def train(
         step, tokens, seconds = first_step, before["tokens"], before["seconds"]
         started = time.perf_counter() - seconds
         shown: dict[str, float] = {}
+        # Steps of which nobody has asked yet whether they were finite: asking waits for the device.
+        unchecked: list[tuple[int, dict[str, Any]]] = []
         is_last = step >= config.num_steps or stop.is_set()
         with (
             closing(source),
@@ -168,37 +174,48 @@ def train(
                 made = source.batch(step, state.params)
                 state, measured = train_step(state, made.batch)
                 step += 1
+                unchecked.append((step, measured))
                 num_tokens = int(np.count_nonzero(made.batch.layout.subtree_end))
                 tokens += num_tokens
                 # Asked once a step: a signal that comes after this ends the next step.
                 is_last = step >= config.num_steps or stop.is_set()
                 is_saved = is_last or step % config.checkpoint_every == 0
                 if step % config.log_every == 0 or is_saved or made.metrics:
-                    values = _to_floats(measured) | made.metrics
-                    _check_finite(values, step)
-                    writer.write(step, num_tokens=num_tokens, **values)
+                    for number, held in jax.device_get(unchecked):
+                        values = {name: float(value) for name, value in held.items()}
+                        _check_finite(values, number)
+                    unchecked.clear()
+                    values |= made.metrics
+                    seconds = time.perf_counter() - started
+                    writer.write(step, num_tokens=num_tokens, seconds=seconds, **values)
                     shown = {name: values[name] for name in _SHOWN if name in values}
                 progress.update(step, num_tokens=num_tokens, **shown)
                 if on_batch is not None:
                     on_batch(step, made)
                 if is_saved:
-                    seconds = time.perf_counter() - started
                     totals = {"tokens": tokens, "seconds": seconds}
                     checkpoints.save(step, state, extras | totals)
         checkpoints.wait()
     return RunSummary(step, tokens, seconds, step < config.num_steps)
 
 
-def load_params(run_dir: Path, model: Any, mesh: Any, tokenizer: Tokenizer | None) -> nnx.State:
-    """The parameters of a run's newest complete checkpoint, sharded for `mesh`.
+def newest_saved(run_dir: Path) -> Saved:
+    """A run's newest complete checkpoint; its extras have "model" and "tokenizer".
 
-    Raises ValueError where there is none, or where it was trained with another tokenizer.
+    Raises ValueError where there is none.
     """
-    folder = checkpoint_dir(run_dir)
-    if not folder.is_dir():
+    if not checkpoint_dir(run_dir).is_dir():
         raise ValueError(f"{run_dir} is no run: it has no checkpoints folder")
-    _, extras = read_extras(folder)
-    if tokenizer is not None and extras["tokenizer"] != tokenizer.fingerprint:
+    return newest_checkpoint(checkpoint_dir(run_dir))
+
+
+def load_params(saved: Saved, model: Any, mesh: Any, tokenizer: Tokenizer) -> nnx.State:
+    """The parameters of a run's checkpoint, sharded for `mesh`.
+
+    Raises ValueError where it was trained with another tokenizer, or is of another model.
+    """
+    if saved.extras["tokenizer"] != tokenizer.fingerprint:
+        run_dir = saved.folder.parent.parent
         raise ValueError(
             f"{run_dir} was trained with another tokenizer: use {run_dir / 'tokenizer.model'}"
         )
@@ -207,21 +224,14 @@ def load_params(run_dir: Path, model: Any, mesh: Any, tokenizer: Tokenizer | Non
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings
     )
-    return restore_params(folder, abstract).state
-
-
-def model_config_of(run_dir: Path) -> ModelConfig:
-    """The config of the model that a run trained."""
-    if not checkpoint_dir(run_dir).is_dir():
-        raise ValueError(f"{run_dir} is no run: it has no checkpoints folder")
-    return ModelConfig(**read_extras(checkpoint_dir(run_dir))[1]["model"])
+    return restore_params(saved, abstract)
 
 
 def _check_same_run(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
     if before["tokenizer"] != now["tokenizer"]:
         raise ValueError(
             f"{run_dir} was begun with another tokenizer: go on with "
-            f"{run_dir / 'tokenizer.model'}, or give another --run folder"
+            f"{run_dir / 'tokenizer.model'}, or give another folder"
         )
     old, new = before["source"], now["source"]
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
@@ -230,7 +240,7 @@ def _check_same_run(before: dict[str, Any], now: dict[str, Any], run_dir: Path) 
         also = f" (and {len(changed) - 1} more)" if changed[1:] else ""
         raise ValueError(
             f"{run_dir} was begun with other data: {name} was {_short(old.get(name))}, is now "
-            f"{_short(new.get(name))}{also}; give another --run folder, or the data and config "
+            f"{_short(new.get(name))}{also}; give another folder, or the data and config "
             "that it was begun with"
         )
 
@@ -240,10 +250,6 @@ def _short(value: str | None) -> str:
     if value is None:
         return "none"
     return value[:12] if re.fullmatch("[0-9a-f]{64}", value) else value
-
-
-def _to_floats(measured: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in jax.device_get(measured).items()}
 
 
 def _check_finite(values: dict[str, float], step: int) -> None:
@@ -258,7 +264,7 @@ def _check_finite(values: dict[str, float], step: int) -> None:
 
 
 @contextmanager
-def _until_sigterm() -> Iterator[threading.Event]:
+def until_sigterm() -> Iterator[threading.Event]:
     """An event that SIGTERM sets; the handler of before is put back at the end."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

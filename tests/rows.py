@@ -1,4 +1,4 @@
-"""The aligned rows that docstrings of objectives show, and vocabularies small enough for them."""
+"""Documents for objectives, aligned rows as their docstrings show them, and small vocabularies."""
 
 import re
 import textwrap
@@ -6,7 +6,7 @@ import textwrap
 import numpy as np
 
 from agentx.tokenizer import SPECIAL_TOKENS, Piece
-from agentx.trajectory import Origin, Outcome, Role, Span
+from agentx.trajectory import Origin, Outcome, Role, Span, Trajectory
 
 WORDS = (*SPECIAL_TOKENS, "go", "ls", "x", ".", "no", "2", "import", "os", "im", "port")
 
@@ -14,6 +14,45 @@ WORDS = (*SPECIAL_TOKENS, "go", "ls", "x", ".", "no", "2", "import", "os", "im",
 def span(role, text, outcome=Outcome.OK):
     ids = np.array([WORDS.index(word) for word in text.split()], np.int32)
     return Span(role, ids, Origin.DATA, outcome)
+
+
+def recovery():
+    """A call that fails, the one that works, and the answer."""
+    failed, recovered = Outcome.FAILED, Outcome.RECOVERED
+    return Trajectory(
+        [
+            span(Role.USER, "<|bos|> <|user|> go"),
+            span(Role.CALL, "<|call|> ls", failed),
+            span(Role.ARGUMENTS, "<|arguments|> x <|end|>", failed),
+            span(Role.OBSERVATION, "<|observation|> no <|end|>", failed),
+            span(Role.CALL, "<|call|> ls", recovered),
+            span(Role.ARGUMENTS, "<|arguments|> . <|end|>", recovered),
+            span(Role.OBSERVATION, "<|observation|> 2 <|end|>"),
+            span(Role.ANSWER, "<|answer|> 2 <|end|>"),
+        ]
+    )
+
+
+def one_call():
+    """A call and an answer."""
+    return Trajectory(
+        [
+            span(Role.USER, "<|bos|> <|user|> go"),
+            span(Role.CALL, "<|call|> ls"),
+            span(Role.ARGUMENTS, "<|arguments|> x <|end|>"),
+            span(Role.ANSWER, "<|answer|> 2 <|end|>"),
+        ]
+    )
+
+
+def text():
+    """A text."""
+    return Trajectory([span(Role.TEXT, "<|bos|> import os <|end|>")])
+
+
+def words(example):
+    """The tokens of an example, as words."""
+    return " ".join(WORDS[i] for i in example.ids)
 
 
 class FieldTokenizer:

@@ -1,6 +1,7 @@
 """Calls one by one: which are asked for, and which turns count as right."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -85,8 +86,21 @@ def test_a_call_that_is_taken_back_does_not_count_against_the_next():
     assert {s.value for s in scores.values()} == {1.0}
 
 
+def test_a_score_that_nothing_is_asked_for_is_left_out():
+    nothing_goes_wrong = dataclasses.replace(CONFIG, rate_cold=0.0, slip_rate=0.0)
+    suite = CallSuite(nothing_goes_wrong, RENDERER)
+    turns = [Turn(np.zeros(0, np.int32), np.zeros(0), np.zeros(0), "stop", 0)] * 18
+    silent = types.SimpleNamespace(complete=lambda prompts, budgets: turns[: len(prompts)])
+    assert {name: s.value for name, s in suite.score(silent).items()} == {
+        "call": 0.0,
+        "new_tool": 0.0,
+    }
+
+
 def test_more_questions_than_there_are_is_refused():
     with pytest.raises(ValueError, match="num_questions is 1000000 but the dev split has"):
         library_places(dataclasses.replace(CONFIG, num_questions=10**6), new_tool=False)
     with pytest.raises(ValueError, match="num_slots is 0; it must be 1 or more"):
         LibraryCalls(num_slots=0)
+    with pytest.raises(ValueError, match=r"LibraryCalls.seed is -1; it must be in \[0, 2\^31\)"):
+        LibraryCalls(seed=-1)

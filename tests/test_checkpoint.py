@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agentx import checkpoint
-from agentx.checkpoint import CheckpointStore, read_extras, restore_params
+from agentx.checkpoint import CheckpointStore, newest_checkpoint, restore_params
 
 
 class State(NamedTuple):
@@ -68,7 +68,7 @@ def test_a_state_comes_back_bit_identical_with_its_extras(tmp_path):
         restored = store.restore(abstract(state))
     assert_same_bits(restored.state, state)
     assert (restored.step, restored.extras) == (3, extras)
-    assert read_extras(tmp_path) == (3, extras)
+    assert newest_checkpoint(tmp_path)[1:] == (3, extras)
 
 
 def test_a_fresh_directory_restores_none(tmp_path):
@@ -114,11 +114,11 @@ def test_another_number_of_devices_reads_the_same_bits(tmp_path, num_writers, nu
 def test_params_are_read_alone_as_numpy_or_sharded(tmp_path):
     filled(tmp_path, 5)
     params = make_state(5).params
-    on_device = restore_params(tmp_path, abstract(params))
-    assert_same_bits(on_device.state, params)
-    assert (on_device.step, on_device.extras) == (5, {"position": 5})
+    saved = newest_checkpoint(tmp_path)
+    assert (saved.step, saved.extras) == (5, {"position": 5})
+    assert_same_bits(restore_params(saved, abstract(params)), params)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    on_host = restore_params(tmp_path, shapes).state
+    on_host = restore_params(saved, shapes)
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(on_host))
     assert_same_bits(on_host, params)
 
@@ -185,7 +185,7 @@ def test_when_all_are_damaged_the_error_says_so(tmp_path):
     with CheckpointStore(tmp_path) as store, pytest.raises(ValueError, match=all_damaged):
         store.restore(abstract(make_state(1)))
     with pytest.raises(ValueError, match=all_damaged):
-        read_extras(tmp_path)
+        newest_checkpoint(tmp_path)
 
 
 KILLED = """
@@ -273,10 +273,10 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         CheckpointStore(tmp_path / "thesis.tex")
     with pytest.raises(ValueError, match="there is no directory of checkpoints at"):
-        read_extras(tmp_path / "missing")
+        newest_checkpoint(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
-        read_extras(tmp_path / "empty")
+        newest_checkpoint(tmp_path / "empty")
 
 
 def test_another_model_is_refused_by_the_first_array_that_differs(tmp_path):
@@ -285,12 +285,13 @@ def test_another_model_is_refused_by_the_first_array_that_differs(tmp_path):
     def model(name, shape):
         return nnx.State({"layer": {name: nnx.Param(jax.ShapeDtypeStruct(shape, np.float32))}})
 
+    saved = newest_checkpoint(tmp_path)
     with pytest.raises(ValueError, match=r"params/layer/kernel.* is float32\[16, 8\], and float32"):
-        restore_params(tmp_path, model("kernel", (16, 9)))
+        restore_params(saved, model("kernel", (16, 9)))
     with pytest.raises(ValueError, match="it has no params/layer/gate"):
-        restore_params(tmp_path, model("gate", (16, 8)))
+        restore_params(saved, model("gate", (16, 8)))
     with pytest.raises(ValueError, match=r"it has params/layer/bias.*, not asked for"):
-        restore_params(tmp_path, model("kernel", (16, 8)))
+        restore_params(saved, model("kernel", (16, 8)))
 
 
 def test_extras_that_json_cannot_hold_are_refused_before_anything_is_written(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 from agentx.cli import main as cli
 from agentx.cli.main import main
 from agentx.tokenizer import Tokenizer
+from agentx.train import RunSummary
 
 
 @pytest.fixture
@@ -367,6 +369,15 @@ def test_train_prints_the_resolved_config_and_a_run_repeats_from_it_alone(
     assert losses(tmp_path / "again") == losses(trained.run)
 
 
+def test_what_to_type_next_is_quoted(trained, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("agentx.train.train", lambda *_: RunSummary(1, 9, 0.1, interrupted=True))
+    command = trained.train("--gin.TrainConfig.seed= 3", run=tmp_path / "my run")
+    monkeypatch.setattr("sys.argv", ["agentx", *command])
+    assert main() == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(said) == ["Next:", "agentx", *command]
+
+
 def test_a_run_is_reported(trained, capsys):
     assert main(["report", str(trained.run)]) == 0
     assert f"The report is {trained.run}/report.html" in capsys.readouterr().out
@@ -396,7 +407,7 @@ def test_a_run_folder_of_another_config_is_refused(sentence, trained):
     message = sentence(*trained.train("--gin.OptimizerConfig.learning_rate=0.5"))
     assert message == (
         f"{trained.run}/config.gin is of another config, which has "
-        "'OptimizerConfig.learning_rate = 0.001': give another --run folder, or delete this one to "
+        "'OptimizerConfig.learning_rate = 0.001': give another folder, or delete this one to "
         "start over"
     )
 

@@ -364,6 +364,16 @@ def test_every_run_file_that_is_shipped_loads_and_repeats_from_its_resolved_text
         save_config(resolved, tmp_path / file.name)
 
 
+def test_every_file_that_is_run_says_on_what_it_runs_and_what_comes_of_it():
+    files = sorted(config.configs_folder().glob("**/*.gin"))
+    run = [text for file in files if "# Command:" in (text := file.read_text(encoding="utf-8"))]
+    assert len(run) >= 8
+    for text in run:
+        assert re.findall("^# (Command|Hardware|Expected): ", text, re.MULTILINE) == (
+            ["Command", "Hardware", "Expected"]
+        )
+
+
 def test_every_model_file_that_is_shipped_loads():
     files = sorted(config.configs_folder().glob("models/*.gin"))
     assert files

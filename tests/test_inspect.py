@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rich.console
+from pages import Page
 from runs import BYTES, MODEL, make_config, write_inputs
-from test_report import Page
 
 from agentx.batch import Batch
 from agentx.cli.config import save_config
 from agentx.cli.main import main
+from agentx.cli.records import document_records
 from agentx.cli.rows import Row, page_fields, read_document, read_row, runs_of
 from agentx.cli.screen import print_row
-from agentx.data.objectives import InfillCall, PlainText
+from agentx.data.objectives import Example, InfillCall, NextToken, PlainText, Schedule
 from agentx.data.store import StoreWriter, TokenStore
 from agentx.report.row import mask, write_row_page
 from agentx.source import Dataset, DatasetSource, MixtureSource, SourceContext
@@ -126,7 +127,7 @@ def test_runs_are_those_that_the_layout_was_made_of(config):
     layout = prefix_tree([[(2, ROOT), (2, 0), (1, 0), (3, 2), (2, ROOT)]], 12)
     tree = dataclasses.replace(row, number=0, batch=row.batch._replace(layout=layout))
     assert [tuple(run) for run in runs_of(tree)] == [
-        (0, 2, 8, 0, -1), (2, 4, 4, 2, 0), (4, 8, 8, 2, 0), (8, 10, 10, 0, -1),
+        (0, 2, 8, 0, -1, 0), (2, 4, 4, 2, 0, 1), (4, 8, 8, 2, 0, 1), (8, 10, 10, 0, -1, 0),
     ]  # fmt: skip
     empty = row.batch._replace(layout=prefix_tree([[]], 4))
     assert runs_of(dataclasses.replace(row, number=0, batch=empty)) == []
@@ -168,6 +169,30 @@ def test_the_picture_says_who_sees_whom(tmp_path):
     layout = prefix_tree([[(2, ROOT), (2, 0), (1, 0)]], 64)
     tree = dataclasses.replace(row, batch=row.batch._replace(layout=layout))
     assert re.findall("[█·]*◣", printed(tree)) == ["◣", "█◣", "█·◣"]
+
+
+def test_a_block_of_tokens_has_the_number_of_its_run_in_the_picture(tmp_path):
+    row = texts_row(tmp_path, "bbb", "dd")
+    first, second = row.segments
+    # What an objective has left a single token of stands in no run.
+    bare = dataclasses.replace(
+        first, example=Example(*(x[:1] for x in vars(first.example).values()))
+    )
+    row = dataclasses.replace(
+        row, segments=[bare, first, dataclasses.replace(bare, place=2), second]
+    )
+    titles = re.findall("^(run .|no place): store ([0-9])", printed(row), re.MULTILINE)
+    assert titles == [("no place", "0"), ("run 0", "0"), ("no place", "0"), ("run 1", "1")]
+    write_row_page(tmp_path / "row.html", page_fields(row))
+    assert "whole, 3 tokens · no place · " in Page(tmp_path / "row.html").text
+
+
+def test_a_schedule_is_shown_as_it_begins(inputs, config):
+    schedule = Schedule((PlainText(), NextToken()), until=(0.9, 1.0))
+    datasets = [dataclasses.replace(d, objective=schedule) for d in config.source.datasets]
+    source = dataclasses.replace(config.source, datasets=tuple(datasets))
+    _, record = document_records(source, BYTES, stage="pretrain", seed=0)
+    assert {token["weight"] for token in record["tokens"][1:]} == {1.0}
 
 
 def test_nothing_in_a_document_steers_the_terminal(tmp_path):

@@ -8,11 +8,9 @@ from hypothesis import strategies as st
 from agentx.data.objectives import Example
 from agentx.data.pack import (
     best_fit,
-    pack_examples,
     pack_groups,
     pack_rows,
     rows_needed,
-    split_example,
 )
 from agentx.trajectory import Origin, Role, Span, Trajectory
 from agentx_kernels.layout import allow
@@ -93,31 +91,10 @@ def test_best_fit_loses_nothing_and_overfills_nothing(sizes, capacity):
     assert sum(2 * sum(sizes[i] for i in items) <= capacity for items in bins) <= 1
 
 
-def test_a_split_example_predicts_every_token_once():
-    whole = example(list(range(1, 9)), [0, 1, 2, 3, 4, 5, 6, 7])
-    pieces = split_example(whole, 3)
-    assert [p.ids.tolist() for p in pieces] == [[1, 2, 3, 4], [4, 5, 6, 7], [7, 8]]
-    assert [p.weights.tolist() for p in pieces] == [[0, 1, 2, 3], [0, 4, 5, 6], [0, 7]]
-    assert whole.weights.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert len(split_example(example([1, 2, 3, 4]), 3)) == 1
-
-
-def test_examples_that_find_no_place_come_back():
-    examples = [example(list(range(n))) for n in (4, 6, 5, 3, 12)]
-    packed = pack_examples(examples, rows=2, length=5)
-    # 12 ids are split into 5 + 5 + 1 places; 5, 5, 5, 4, 3 + 2, 1 are the bins.
-    assert packed.num_split == 1
-    assert packed.batch.tokens.shape == (2, 5)
-    assert packed.batch.weights.sum() == 10
-    total = packed.batch.weights.sum() + sum(e.weights.sum() for e in packed.leftover)
-    assert total == sum(e.weights.sum() for e in examples)
-
-
 def test_missing_examples_leave_empty_rows():
-    batch, leftover, num_split = pack_examples([example([1, 2])], rows=3, length=4)
+    batch = pack_rows([[example([1, 2])], [], []], 4)
     assert batch.weights.sum(axis=1).tolist() == [1, 0, 0]
     assert batch.layout.subtree_end[1:].sum() == 0
-    assert (leftover, num_split) == ([], 0)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The report of made-up runs: what must be on the page, and what a real browser makes of it."""
 
-import html.parser
 import io
 import json
 import math
@@ -12,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import rich.console
+from pages import Page
 
 from agentx import metrics
 from agentx.eval.scores import make_score
@@ -167,44 +167,6 @@ def report(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("run"))
 
 
-class Page(html.parser.HTMLParser):
-    """Checks that tags balance, and keeps the tags, the text and the text of every token."""
-
-    VOID = frozenset({"meta", "input", "br", "img", "link"})
-
-    def __init__(self, path):
-        super().__init__()
-        self.stack, self.tags, self.words, self.tokens = [], [], [], []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-        assert self.stack == []
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append((tag, attrs))
-        if tag not in self.VOID:
-            self.stack.append((tag, attrs))
-        if "data-id" in attrs:
-            self.tokens.append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.stack.pop()[0] == tag
-
-    def handle_data(self, data):
-        if self.stack and self.stack[-1][0] in ("script", "style"):
-            return
-        self.words.append(data)
-        if any("data-id" in attrs for _, attrs in self.stack):
-            self.tokens[-1] += data
-
-    @property
-    def text(self):
-        return re.sub(r"\s+", " ", "".join(self.words))
-
-
 # ---------------------------------------------------------------------------------------------
 # The page
 # ---------------------------------------------------------------------------------------------
@@ -230,7 +192,7 @@ def test_page_loads_nothing_from_outside_itself(report):
 
 
 def test_every_token_of_every_trajectory_is_on_the_page_with_its_figures(report):
-    marks = str.maketrans({" ": "·", "\u2581": "·", "\n": "↵", "\t": "⇥"})
+    marks = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥"})
     tokens = [t for record in make_records() for t in record["tokens"]]
     page = Page(report)
     assert page.tokens == [t["text"].translate(marks) for t in tokens]
@@ -283,6 +245,24 @@ def test_a_score_without_episodes_is_left_out(tmp_path):
     assert "Recovery" not in text
 
 
+def test_episodes_that_were_cut_short_are_told_where_there_are_any(tmp_path):
+    def shown(**counts):
+        results = {"stages": [stage("sft", 1.0, 1, 1) | counts, stage("grpo", 2.0, 1, 1)]}
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        console = rich.console.Console(file=io.StringIO(), width=80)
+        print_stage_table(results, console)
+        return Page(write_report(tmp_path)).text, " ".join(console.file.getvalue().split())
+
+    page, table = shown(episodes_truncated=1200, episodes_crashed=1)
+    assert "Episodes cut short" in page
+    assert "1,200 ran out of context, 1 crashed" in page
+    assert "sft: of its episodes 1,200 ran out of context, 1 crashed" in table
+    assert "grpo: of" not in table
+    page, table = shown(episodes_truncated=0, episodes_crashed=0)
+    assert "cut short" not in page
+    assert "of its episodes" not in table
+
+
 def test_run_report_draws_the_curves_of_one_run(tmp_path):
     with metrics.MetricsWriter(tmp_path / "my_run") as writer:
         for step in range(1, 11):
@@ -290,6 +270,15 @@ def test_run_report_draws_the_curves_of_one_run(tmp_path):
     page = Page(write_run_report(tmp_path / "my_run"))
     labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
     assert labels == ["My run loss: 1 at step 1, 0.1 at step 10"]
+
+
+def test_a_pause_between_two_processes_is_no_time_in_training(tmp_path):
+    records = [{"step": s, "time": 1e9 + 1e6 * s, "seconds": 60.0 * s, "loss": 1.0} for s in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    page = Page(write_run_report(tmp_path))
+    assert "time in training 2:00 2 steps" in page.text
+    labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert [label.rpartition(":")[0].rpartition(" ")[2] for label in labels] == ["loss"]
 
 
 def test_wrong_input_is_named_in_one_sentence(tmp_path):
@@ -325,6 +314,17 @@ def test_curve_breaks_where_a_value_is_not_finite_and_is_empty_without_values():
     assert svg.count('class="raw"') == 2
     assert "nan" not in svg
     assert curve([1, 2], [math.nan, math.inf], "loss") == ""
+
+
+def test_ticks_are_labelled_with_what_they_are():
+    def labels(*values):
+        return re.findall('<text class="y"[^>]*>([^<]*)<', str(curve([1, 2], values, "rate")))
+
+    assert labels(0.0, 3e-4) == ["0", "0.0001", "0.0002", "0.0003"]
+    assert labels(0.0, 1.5e-4) == ["0", "5e-05", "0.0001", "0.00015"]
+    assert labels(0.0, 25e-6) == ["0", "1e-05", "2e-05", "3e-05"]
+    assert labels(-1.0, 1.0) == ["\u22121.0", "\u22120.5", "0.0", "0.5", "1.0"]
+    assert labels(0, 20_000) == ["0", "5k", "10k", "15k", "20k"]
 
 
 def test_curve_of_many_steps_stays_small():

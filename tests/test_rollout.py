@@ -6,7 +6,10 @@ whose turns are mostly malformed, that ids, log-probabilities and draws are what
 
 import dataclasses
 import functools
+import math
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 from fakes import EchoEnv, EchoTasks, ScriptedEngine, say
 from flax import nnx
 
+from agentx.cli import play as cli
 from agentx.cli.rollouts import episode_conversations
 from agentx.data.formats import (
     ReadCounts,
@@ -257,6 +261,65 @@ def test_an_observation_that_cannot_be_rendered_is_a_fault_of_the_environment(re
     assert group[1].failure == ""
 
 
+def test_an_environment_may_raise_a_timeout_of_its_own():
+    class Impatient(EchoEnv):
+        async def step(self, message):
+            raise TimeoutError("the shell said nothing")
+
+    (episode,), _ = play([say("a")], Impatient)
+    assert episode.failure == "env.step raised TimeoutError: the shell said nothing"
+
+
+def test_an_environment_that_returns_nothing_has_failed():
+    class Silent(EchoEnv):
+        async def step(self, message):
+            return None
+
+    class Empty(EchoEnv):
+        async def reset(self, task):
+            return None
+
+    group, _ = play([say("a")], makes(Silent(), Empty()), group_size=2)
+    assert [e.failure for e in group] == [
+        "env.step returned nothing",
+        "env.reset returned nothing",
+    ]
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_a_reward_that_is_no_number_is_a_fault_of_the_environment(reward):
+    class Dizzy(EchoEnv):
+        async def step(self, message):
+            return Observation((), reward, done=True)
+
+    (episode,), _ = play([ANSWER], Dizzy)
+    assert (episode.failure, episode.reward) == (f"env.step gave a reward of {reward}", 0.0)
+    assert episode.trajectory.spans[-1].outcome is Outcome.FAILED
+
+
+def test_a_prompt_that_cannot_be_rendered_costs_its_own_group():
+    class Odd(EchoEnv):
+        async def reset(self, task):
+            return [Message("user", "\ud800")]
+
+    group, engine = play([ANSWER], makes(Odd(), EchoEnv(crash_at=0), Odd()), group_size=3)
+    assert [e.failure.partition(": ")[0] for e in group] == [
+        "env.reset gave what cannot be rendered",
+        "env.reset raised RuntimeError",
+        "env.reset gave what cannot be rendered",
+    ]
+    assert engine.prompts == []
+
+
+def test_a_prompt_that_fills_the_context_costs_its_own_group():
+    length = len(prompt_ids())
+    group, engine = play([ANSWER], group_size=2, max_length=length)
+    fault = f"the prompt has {length} tokens, which fills the context of {length}"
+    assert [(e.failure, len(e.trajectory)) for e in group] == [(fault, 0)] * 2
+    assert engine.prompts == []
+    assert trainable([group])[1]["episodes_crashed"] == 2
+
+
 def test_episodes_of_a_task_must_begin_with_the_same_prompt():
     class Fickle(EchoEnv):
         async def reset(self, task):
@@ -432,6 +495,22 @@ def test_evaluation_plays_every_task_at_most_once_in_a_seeded_order():
     assert [e.reward for e in run(1)] == [float(name == "echo/3") for name in order]
     with pytest.raises(ValueError, match="11 episodes were asked for but the task set has 10"):
         run(1, 11)
+    with pytest.raises(ValueError, match=r"seed is -1; it must be in \[0, 2\^31\)"):
+        run(-1)
+
+
+def test_the_command_says_how_many_episodes_were_cut_short(monkeypatch):
+    def last_line(max_length: int) -> str:
+        fake = ScriptedEngine([say("a" * 10), ANSWER], max_length)
+        monkeypatch.setattr(cli, "_engine", lambda *_, **__: fake)
+        return cli.evaluate_suite(Path(), "echo", num_episodes=10, seed=0).splitlines()[-1]
+
+    monkeypatch.setattr(cli, "load_run", lambda _: SimpleNamespace(tokenizer=BYTES))
+    monkeypatch.setitem(cli.SUITES, "echo", EchoTasks())
+    length = len(prompt_ids())
+    assert last_line(length + 28) == "Of 10 episodes 10 ran out of context: no success"
+    assert last_line(length) == "Of 10 episodes 10 crashed: no success"
+    assert last_line(1000).startswith("loop")
 
 
 def test_a_result_counts_the_calls_and_a_crash_is_no_success():
@@ -440,12 +519,7 @@ def test_a_result_counts_the_calls_and_a_crash_is_no_success():
         play([say("a"), ANSWER], makes(EchoEnv(crash_at=2))),
     )
     result = result_of(good)
-    assert (result.task_id, result.kind, result.success, result.reward) == (
-        "echo/3",
-        "echo",
-        True,
-        1.0,
-    )
+    assert (result.task_id, result.success) == ("echo/3", True)
     assert (result.num_calls, result.num_valid_calls, result.num_failed_calls) == (2, 1, 1)
     assert result.calls == (
         ("say", '{"text": "it is empty"}', "it is empty"),

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from rows import assert_shown_in, span, table
+from rows import assert_shown_in, one_call, table
 
 from agentx.data.objectives import (
     InfillCall,
@@ -15,26 +15,16 @@ from agentx.data.objectives import (
     ToolRename,
     TraceAugment,
 )
-from agentx.trajectory import Role, Trajectory
-
-
-def one_call():
-    return Trajectory(
-        [
-            span(Role.USER, "<|bos|> <|user|> go"),
-            span(Role.CALL, "<|call|> ls"),
-            span(Role.ARGUMENTS, "<|arguments|> x <|end|>"),
-        ]
-    )
-
+from agentx.trajectory import Trajectory
 
 EARLY, LATE = PlainText(), NextToken(observation=0.5)
 TWO = Schedule((EARLY, LATE), until=(0.9, 1.0))
 
 
 def test_schedule_shows_what_its_docstring_shows():
-    early = table(TWO.at(0.0)(one_call(), 0, 0, 0), ("token", "role", "weight"), (8,))
-    late = table(TWO.at(0.9)(one_call(), 0, 0, 0), ("token", "role", "weight"), (8,))
+    call = Trajectory(one_call().spans[:3])
+    early = table(TWO.at(0.0)(call, 0, 0, 0), ("token", "role", "weight"), (8,))
+    late = table(TWO.at(0.9)(call, 0, 0, 0), ("token", "role", "weight"), (8,))
     assert early[2] != late[2]
     assert_shown_in(Schedule.__doc__, early + late)
 

@@ -1,5 +1,7 @@
 """Scores of hand-made episodes against literal values."""
 
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -16,6 +18,7 @@ from agentx.eval.scores import (
     unpaired_difference,
     wilson_interval,
 )
+from agentx.quickstart import Evaluation
 
 A = ("search", '{"name": "walk"}', "timed out")
 B = ("open", '{"path": "os.py"}', "no such line")
@@ -184,3 +187,11 @@ def test_a_single_run_tells_nothing_of_other_seeds():
     mean, difference = mean_of_runs(RUNS[:1]), paired_runs_difference(RUNS[:1], RUNS[1:2])
     assert (mean.value, mean.low, mean.high) == (0.5, 0.0, 1.0)
     assert (difference.value, difference.low, difference.high) == (pytest.approx(0.02), -1.0, 1.0)
+
+
+def test_an_evaluation_is_read_back_from_older_files_too(tmp_path):
+    made = Evaluation([episode("t", True, [A, B])], [], 1, 0, 2.5, [])
+    fields = dataclasses.asdict(made)
+    fields["held_out"][0] |= {"reward": 1.0, "kind": "parameter"}
+    (tmp_path / "evaluation.json").write_text(json.dumps(fields))
+    assert Evaluation.load(tmp_path / "evaluation.json") == made

@@ -14,20 +14,22 @@ import threading
 import time
 from pathlib import Path
 from subprocess import Popen
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 from runs import BYTES, MODEL, make_config, write_inputs
 
 from agentx import sweep, train
-from agentx.checkpoint import read_extras
 from agentx.cli.config import load_config, save_config
 from agentx.cli.main import main
+from agentx.env.tasks.recordings import RecordingConfig
 from agentx.eval.scores import make_score
 from agentx.metrics import read_metrics
 from agentx.render import ToolRenderer
 from agentx.report.sweep import plot_sweep, sweep_markdown
 from agentx.sweep import SweepConfig, plan
+from agentx.train import newest_saved
 from agentx.trajectory import Message, ToolCall, ToolSpec, Trajectory
 
 SWEEP = """
@@ -285,7 +287,7 @@ def test_a_sweep_that_is_told_to_stop_saves_its_run_and_goes_on_from_there(
         assert main(command) == 0
     [record] = results_of(out)["runs"]
     assert record["error"] == "not finished"
-    step, _ = read_extras(run / "checkpoints")
+    step = newest_saved(run).step
     assert step == len(read_metrics(run)) > 0
 
     # The same command trains in the same folder, which is all that the driver needs to go on.
@@ -298,22 +300,25 @@ def test_a_sweep_that_is_told_to_stop_saves_its_run_and_goes_on_from_there(
 
 def test_a_run_that_takes_too_long_is_ended_and_one_that_dies_is_named(tmp_path):
     class Late:
-        started = 0.0
+        started, is_late = 0.0, False
 
         def __init__(self, error=""):
-            self.told, self.said = False, error
+            self.told, self.said, self.waited = False, error, False
 
         def ended(self):
-            return bool(self.said)
+            # One that is told to stop has ended before it is asked again.
+            return self.told or bool(self.said)
 
         def error(self):
+            assert self.waited
             return self.said
 
         def tell_to_stop(self):
             self.told = True
 
         def wait(self):
-            assert self.told
+            assert self.ended()
+            self.waited = True
 
     config = SweepConfig("run.gin", timeout_s=1.0)
     run = plan(config, tmp_path)[0]
@@ -321,8 +326,51 @@ def test_a_run_that_takes_too_long_is_ended_and_one_that_dies_is_named(tmp_path)
     runs = sweep._Sweep(config, {run: train_config}, tmp_path, 0, None)
     late, dead = Late(), Late("ended with code -9")
     assert runs._is_over(late)
+    assert runs._is_over(dead)
     assert runs._record(run, late)["error"] == "took over 1 s"
+    assert late.waited
     assert runs._record(run, dead)["error"] == "ended with code -9"
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "error"),
+    [
+        (-9, "step 1\nKilled by the kernel\n\n", "ended with code -9: Killed by the kernel"),
+        (
+            1,
+            "error: of an earlier line\nTraceback\n",
+            "ended with code 1: error: of an earlier line",
+        ),
+        (2, "error: no such file\n", "no such file"),
+        (-9, "", "ended with code -9"),
+        (0, "error: none\n", ""),
+    ],
+)
+def test_what_a_run_that_died_said_is_kept(tmp_path, monkeypatch, code, log, error):
+    (tmp_path / "log.txt").write_text("error: of an earlier call\n", encoding="utf-8")
+
+    def popen(command, *, stdout, **_):
+        stdout.write(log.encode())
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", popen)
+    assert sweep._Process(tmp_path, {}, 0).error() == error
+
+
+def test_a_sweep_goes_on_with_other_limits_but_not_with_other_runs(finished, here, capsys):
+    command, out, _ = finished
+    before = (out / "config.gin").read_text(encoding="utf-8")
+    limits = ["--gin.SweepConfig.parallel=1", "--gin.SweepConfig.timeout_s=60.0"]
+    assert main([*command, *limits]) == 1
+    assert (out / "config.gin").read_text(encoding="utf-8") == before
+    assert main([*command, "--gin.SweepConfig.baseline='long'"]) == 2
+    assert "give another folder, or delete this one to start over" in capsys.readouterr().err
+
+
+def test_a_folder_may_have_a_number_for_a_name():
+    config = SweepConfig("runs/sweeps/objectives.gin", recording=RecordingConfig(), seeds=(0,))
+    [run] = plan(config, Path("2024"))
+    assert load_config(config.run, run.overrides).tokenizer == "2024/tokenizer.model"
 
 
 # --------------------------------------------------------------------------------------------------

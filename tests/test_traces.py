@@ -5,9 +5,9 @@ import re
 
 import numpy as np
 import pytest
-from rows import WORDS, assert_shown_in, span, table
+from rows import assert_shown_in, span, table, words
 
-from agentx.data.objectives import FillInTheMiddle, NextToken, PlainText, TraceAugment
+from agentx.data.objectives import FillInTheMiddle, InfillPlan, NextToken, PlainText, TraceAugment
 from agentx.data.pack import pack_rows
 from agentx.data.store import TokenStore
 from agentx.tokenizer import Tokenizer
@@ -22,10 +22,6 @@ def traced():
         ],
         reward=math.nan,
     )
-
-
-def words(example):
-    return " ".join(WORDS[i] for i in example.ids)
 
 
 AFTER = "<|bos|> import os <|thought|> go <|end|>"
@@ -122,6 +118,16 @@ def test_the_room_is_that_of_the_base_with_or_without_the_trace(tmp_path):
     assert objective.room(traced()) == base.room(Trajectory(traced().spans[:1])) == 16
     assert TraceAugment(objective.store, 0.1, base=PlainText()).room(traced()) == 0
     assert TraceAugment(objective.store, 0.1, before=0.5).room(traced()) == 1
+
+
+def test_the_room_is_that_of_the_base_with_the_trace_first(tmp_path):
+    # Only a thought with something behind it can be moved, so that this base needs room there.
+    path, base = store(tmp_path, [traced()]), InfillPlan(rate=1.0)
+    assert base.room(traced()) == 0
+    objective = TraceAugment(path, share=0.5, before=1.0, base=base)
+    made = [objective(traced(), 0, 0, index) for index in range(20)]
+    assert max(map(len, made)) - len(traced()) == objective.room(traced()) == 5
+    assert TraceAugment(path, share=0.5, base=base).room(traced()) == 0
 
 
 def test_a_trace_is_kept_by_seed_epoch_and_index_alone(tmp_path):

@@ -12,8 +12,10 @@ import optax
 import pytest
 from runs import BYTES, MODEL, make_config, params_of, write_inputs
 
+from agentx import checkpoint
 from agentx import train as driver
 from agentx.batch import Batch
+from agentx.cli.runs import load_run
 from agentx.interop.huggingface import flatten_params
 from agentx.losses import PolicyGradientLoss
 from agentx.metrics import read_metrics
@@ -23,7 +25,7 @@ from agentx.sharding import MeshConfig, make_mesh
 from agentx.source import SourceBatch, SourceContext
 from agentx.step import TrainState, make_train_step
 from agentx.tokenizer import Tokenizer
-from agentx.train import TrainConfig, checkpoint_dir, load_params, train
+from agentx.train import TrainConfig, checkpoint_dir, load_params, newest_saved, train
 from agentx.trajectory import Origin
 
 
@@ -101,6 +103,14 @@ def test_a_count_of_nothing_is_refused(folder, field):
         make_config("pretrain", folder, **{field: 0})
 
 
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_that_some_part_would_not_take_is_refused(folder, seed):
+    with pytest.raises(
+        ValueError, match=rf"TrainConfig.seed is {seed}; it must be in \[0, 2\^31\)"
+    ):
+        make_config("pretrain", folder, seed=seed)
+
+
 def test_a_folder_of_another_run_is_refused(folder, monkeypatch):
     monkeypatch.setattr(driver, "init_state", lambda *args: pytest.fail("it began anew"))
     run, config = folder / "sft", make_config("sft", folder)
@@ -120,7 +130,14 @@ def test_a_run_to_begin_with_must_have_the_same_model_and_tokenizer(folder, tmp_
     other = Tokenizer.train(["to be or not to be " * 40], 290)
     mesh = make_mesh(MeshConfig())
     with pytest.raises(ValueError, match="was trained with another tokenizer"):
-        load_params(folder / "sft", abstract_transformer(MODEL), mesh, other)
+        load_params(newest_saved(folder / "sft"), abstract_transformer(MODEL), mesh, other)
+
+
+def test_a_policy_is_loaded_from_one_checkpoint_that_is_read_through_once(folder, monkeypatch):
+    checked, checksums = [], checkpoint._checksums
+    monkeypatch.setattr(checkpoint, "_checksums", lambda f: checked.append(f.name) or checksums(f))
+    load_run(folder / "sft")
+    assert checked == ["step_00000024"]
 
 
 # ----------------------------------------------------------------------------- what it leaves
@@ -167,6 +184,9 @@ def test_tokens_and_seconds_are_of_the_whole_run_whichever_process_made_them(fol
     assert (summary.step, summary.tokens) == (24, finished.tokens)
     assert summary.seconds > 0
     assert again == summary
+    seconds = [record["seconds"] for record in read_metrics(tmp_path)]
+    assert 0 < seconds[0] < seconds[1] < seconds[-1] <= summary.seconds
+    assert seconds == sorted(seconds)
 
 
 def test_sigterm_ends_a_run_after_its_step_and_is_then_what_it_was(folder, tmp_path):
@@ -196,10 +216,34 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(folder, tmp_p
 
     monkeypatch.setattr(driver, "init_state", poisoned)
     config = make_config("sft", folder, init_from="", log_every=100, checkpoint_every=3)
-    with pytest.raises(FloatingPointError, match="is not finite at step 3") as error:
+    with pytest.raises(FloatingPointError, match="is not finite at step 1 ") as error:
         train(config, tmp_path)
     assert "gradients that are not: embed, final_norm, layers. Lower Opt" in str(error.value)
     assert list(checkpoint_dir(tmp_path).iterdir()) == []
+
+
+def test_the_parameters_are_named_that_went_first_however_late_it_is_seen(
+    folder, tmp_path, monkeypatch
+):
+    make = driver.make_train_step
+
+    def make_spoiled(*args: object, **options: object):
+        train_step = make(*args, **options)
+
+        def spoiled(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+            state, measured = train_step(state, batch)
+            if state.step >= 2:
+                gone = [n for n in measured if "nonfinite/" in n and (state.step > 2 or "emb" in n)]
+                measured |= {"grad_norm": np.nan} | dict.fromkeys(gone, 1.0)
+            return state, measured
+
+        return spoiled
+
+    monkeypatch.setattr(driver, "make_train_step", make_spoiled)
+    config = make_config("sft", folder, init_from="", log_every=100, checkpoint_every=100)
+    with pytest.raises(FloatingPointError, match="is not finite at step 2 ") as error:
+        train(dataclasses.replace(config, num_steps=4), tmp_path)
+    assert "gradients that are not: embed. Lower" in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------- RL
@@ -238,7 +282,9 @@ def make_rollouts(folder: Path, *, tree: bool) -> SourceBatch:
     mesh = make_mesh(config.mesh)
     source = dataclasses.replace(config.source, tree=tree)
     opened = source.open(SourceContext(BYTES, MODEL, mesh, seed=3, first_step=0, num_steps=9))
-    return opened.batch(0, load_params(folder / "sft", abstract_transformer(MODEL), mesh, BYTES))
+    return opened.batch(
+        0, load_params(newest_saved(folder / "sft"), abstract_transformer(MODEL), mesh, BYTES)
+    )
 
 
 def step_and_gradients(folder: Path, batch: Batch) -> tuple[dict, dict]:
@@ -247,7 +293,7 @@ def step_and_gradients(folder: Path, batch: Batch) -> tuple[dict, dict]:
     plain = Optimizer(optax.sgd(1.0), lambda step: jnp.float32(1))
     train_step = make_train_step(model, PolicyGradientLoss(importance_cap=2.0), plain, mesh)
     before = params_of(folder / "sft")
-    params = load_params(folder / "sft", model, mesh, BYTES)
+    params = load_params(newest_saved(folder / "sft"), model, mesh, BYTES)
     state, metrics = train_step(
         TrainState(jnp.int32(0), params, plain.transform.init(params)), batch
     )

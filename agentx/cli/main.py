@@ -186,7 +186,7 @@ def train(
     if summary.interrupted:
         _done(
             f"Stopped at step {summary.step}, saved in {folder}",
-            " ".join(["agentx", *sys.argv[1:]]),
+            shlex.join(["agentx", *sys.argv[1:]]),
         )
     else:
         _done(

@@ -10,7 +10,7 @@ from agentx.cli.runs import Policy, load_run
 from agentx.data.formats import write_conversations
 from agentx.env.base import Task, TaskSet
 from agentx.env.tasks.library import LibraryTasks
-from agentx.eval.scores import score_episodes
+from agentx.eval.scores import cut_short, score_episodes
 from agentx.eval.suite import evaluate, result_of
 from agentx.render import ToolRenderer
 from agentx.rollout import RolloutLimits, run_groups
@@ -49,6 +49,8 @@ def sample_text(
         task = Task(id="prompt", prompt=prompt, answer="")
         limits = RolloutLimits(max_new_tokens=max_tokens)
         [[episode]] = run_groups(engine, task_set.env, [task], renderer, limits, group_size=1)
+        if not len(episode.trajectory):
+            raise ValueError(episode.failure)
         return policy.tokenizer.decode([int(i) for i in episode.trajectory.ids])
     if raw:
         ids = [policy.tokenizer.special["<|bos|>"], *policy.tokenizer.encode(prompt)]
@@ -64,6 +66,8 @@ def evaluate_suite(
 ) -> str:
     """The scores of greedy episodes of a suite with their 95 % intervals, as lines to print.
 
+    The last says how many ran out of context or crashed, where any did.
+
     save: a JSONL file for the episodes as conversations, which `agentx data build` reads.
     """
     task_set = find_suite(suite)
@@ -76,11 +80,14 @@ def evaluate_suite(
     if save is not None:
         write_conversations(save, episode_conversations(episodes))
     scores = score_episodes([result_of(episode) for episode in episodes])
-    return "\n".join(
+    lines = [
         f"{s.name:<12}{100 * s.value:5.1f} %  [{100 * s.low:.1f}, {100 * s.high:.1f}]  "
         f"{s.count} of {s.total}"
         for s in scores.values()
-    )
+    ]
+    if cut := cut_short(sum(e.truncated for e in episodes), sum(bool(e.failure) for e in episodes)):
+        lines.append(f"Of {num_episodes} episodes {cut}: no success")
+    return "\n".join(lines)
 
 
 def _engine(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from agentx.data.objectives import Example
+from agentx.data.objectives import Example, Schedule
 from agentx.data.store import TokenStore
 from agentx.report import trajectory_record
 from agentx.report.tokens import token_text
@@ -24,11 +24,17 @@ from agentx.trajectory import Origin, Outcome, Role, Span, Trajectory
 def document_records(
     source: DatasetSource, tokenizer: Tokenizer, *, stage: str, seed: int
 ) -> list[dict[str, Any]]:
-    """The first document of each dataset, with the loss weights that its objective gives."""
+    """The first document of each dataset, with the loss weights that its objective gives.
+
+    Those of a `Schedule` are of the beginning.
+    """
     records = []
     for dataset in source.datasets:
         store = TokenStore.open(dataset.store, tokenizer_fingerprint=tokenizer.fingerprint)
-        example = dataset.objective(store[0], seed, 0, 0)
+        objective = dataset.objective
+        if isinstance(objective, Schedule):
+            objective = objective.at(0.0)
+        example = objective(store[0], seed, 0, 0)
         trajectory = as_trajectory(example)
         records.append(
             trajectory_record(

@@ -111,7 +111,7 @@ class Run(NamedTuple):
     """Tokens in a row of which each sees the ones before: places `begin` to `end`.
 
     subtree_end: up to where later places see them too. position: of the first. parent: the number
-    of the run that it continues, or -1.
+    of the run that it continues, or -1. depth: how many runs it continues, one after the other.
     """
 
     begin: int
@@ -119,6 +119,7 @@ class Run(NamedTuple):
     subtree_end: int
     position: int
     parent: int
+    depth: int
 
 
 def runs_of(row: Row) -> list[Run]:
@@ -140,7 +141,8 @@ def runs_of(row: Row) -> list[Run]:
         while path and runs[path[-1]].subtree_end <= begin:
             path.pop()
         parent = path[-1] if path else -1
-        runs.append(Run(begin, end, int(subtree_end[begin]), int(position[begin]), parent))
+        first = int(position[begin])
+        runs.append(Run(begin, end, int(subtree_end[begin]), first, parent, len(path)))
         path.append(number)
     return runs
 

@@ -16,7 +16,7 @@ from agentx.model.config import ModelConfig
 from agentx.model.transformer import abstract_transformer
 from agentx.sharding import MeshConfig, make_mesh
 from agentx.tokenizer import Tokenizer
-from agentx.train import load_params, model_config_of
+from agentx.train import load_params, newest_saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,11 @@ class Policy:
 
 def load_run(folder: Path) -> Policy:
     """The newest complete checkpoint of a run. Raises ValueError where there is none."""
-    config = model_config_of(folder)
+    saved = newest_saved(folder)
+    config = ModelConfig(**saved.extras["model"])
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     mesh = make_mesh(MeshConfig())
-    params = load_params(folder, abstract_transformer(config), mesh, tokenizer)
+    params = load_params(saved, abstract_transformer(config), mesh, tokenizer)
     return Policy(config, params, tokenizer, mesh)
 
 
@@ -50,7 +51,7 @@ def prepare_run(config: Any, folder: Path) -> str:
         if changes:
             raise ValueError(
                 f"{file} is of another config, which has {changes[0][2:]!r}: "
-                "give another --run folder, or delete this one to start over"
+                "give another folder, or delete this one to start over"
             )
     save_config(config, file)
     return text

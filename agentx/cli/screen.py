@@ -34,9 +34,12 @@ def print_row(row: Row, console: rich.console.Console | None = None) -> None:
     console.print(f"row    {own}\n")
     console.print(_forest(row))
     records = [segment_record(row, segment) for segment in row.segments]
-    for number, (segment, record) in enumerate(zip(row.segments, records, strict=True)):
+    number_of = {run.begin: number for number, run in enumerate(runs_of(row))}
+    for segment, record in zip(row.segments, records, strict=True):
         console.print()
-        title = rich.text.Text(f"run {number}: {_about(segment)}", style="bold")
+        number = number_of.get(segment.place) if segment.num_places else None
+        name = "no place" if number is None else f"run {number}"
+        title = rich.text.Text(f"{name}: {_about(segment)}", style="bold")
         console.rule(title, align="left", style="dim")
         if segment.stored.task_id:
             console.print(rich.text.Text(f"task {segment.stored.task_id}", style="dim"))
@@ -73,7 +76,7 @@ def _forest(row: Row) -> rich.table.Table:
         segment = at_place.get(run.begin)
         table.add_row(
             str(number),
-            _sees(runs, number) if drawn else "└" * _depth(runs, number),
+            _sees(runs, number) if drawn else "└" * run.depth,
             f"{run.begin} to {run.end - 1}",
             str(run.subtree_end),
             f"{run.position} to {run.position + run.end - run.begin - 1}",
@@ -85,20 +88,11 @@ def _forest(row: Row) -> rich.table.Table:
 
 def _sees(runs: Sequence[Run], number: int) -> str:
     """`█··◣`: all of run 0, nothing of 1 and 2, and of its own tokens those before each."""
-    seen = _path(runs, number)
+    seen = set()
+    at = number
+    while (at := runs[at].parent) >= 0:
+        seen.add(at)
     return "".join("█" if other in seen else "·" for other in range(number)) + "◣"
-
-
-def _depth(runs: Sequence[Run], number: int) -> int:
-    return len(_path(runs, number))
-
-
-def _path(runs: Sequence[Run], number: int) -> set[int]:
-    """The runs above it."""
-    path = set()
-    while (number := runs[number].parent) >= 0:
-        path.add(number)
-    return path
 
 
 def _about(segment: Segment) -> str:

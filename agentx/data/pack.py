@@ -61,29 +61,6 @@ def best_fit(sizes: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]
     return bins
 
 
-def split_example(example: Example, length: int) -> list[Example]:
-    """Pieces of at most `length` places. Each begins with the last id of the one before.
-
-    So every token but the first is a target in exactly one piece, and the weights add up.
-    """
-    starts = range(0, max(len(example) - 1, 1), length)
-    pieces = []
-    for start in starts:
-        own = slice(start, start + length + 1)
-        weights = example.weights[own].copy()
-        weights[0] = 0.0
-        pieces.append(
-            Example(
-                example.ids[own],
-                weights,
-                example.roles[own],
-                example.origins[own],
-                example.outcomes[own],
-            )
-        )
-    return pieces
-
-
 def pack_rows(rows: Sequence[Sequence[Example]], length: int) -> Batch:
     """Rows whose examples are given, as a Batch of [len(rows), length].
 
@@ -113,29 +90,6 @@ def pack_rows(rows: Sequence[Sequence[Example]], length: int) -> Batch:
 def _zeros(number: int, rows: int, length: int, dtype: Any) -> list[Any]:
     """That many arrays [rows, length]. Typed as Any: a Batch on the host holds numpy arrays."""
     return [np.zeros((rows, length), dtype) for _ in range(number)]
-
-
-class PackedExamples(NamedTuple):
-    """A batch, the examples (or pieces of them) that found no place, and how many were split."""
-
-    batch: Batch
-    leftover: list[Example]
-    num_split: int
-
-
-def pack_examples(examples: Sequence[Example], rows: int, length: int) -> PackedExamples:
-    """Packs whole examples, best fit, into `rows` rows of `length`; longer ones are split.
-
-    What does not fit comes back as `leftover`, for the next batch.
-    """
-    pieces = [piece for example in examples for piece in split_example(example, length)]
-    bins = best_fit([len(piece) - 1 for piece in pieces], length)
-    taken = [[pieces[i] for i in items] for items in bins[:rows]]
-    leftover = [pieces[i] for items in bins[rows:] for i in items]
-    num_split = sum(len(example) - 1 > length for example in examples)
-    return PackedExamples(
-        pack_rows(taken + [[]] * (rows - len(taken)), length), leftover, num_split
-    )
 
 
 class _Branch(NamedTuple):

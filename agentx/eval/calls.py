@@ -25,6 +25,7 @@ from agentx.env.tasks.library import NEW_TOOL, LibraryTasks
 from agentx.eval.scores import Score, make_score
 from agentx.render import ToolRenderer
 from agentx.sample.engine import Engine
+from agentx.sample.sampling import check_seed
 from agentx.trajectory import Message, Outcome, ToolCall, ToolSpec
 
 
@@ -48,6 +49,7 @@ class LibraryCalls:
         for name in ("num_questions", "max_new_tokens", "num_slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        check_seed("LibraryCalls.seed", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,18 +103,22 @@ class CallSuite:
     recovery  the same of calls that came after a failed one
     new_tool  the same of calls of a tool that goes by a name and a description that no training
               prompt has
+    A score of no places, as recovery is where nothing goes wrong, is left out.
     """
 
     def __init__(self, config: LibraryCalls, renderer: ToolRenderer):
         self._config, self._renderer = config, renderer
         known = library_places(config, new_tool=False)
         new = library_places(config, new_tool=True)
-        self._asked: dict[str, list[Place]] = {
+        new = [p for p in new if p.call.name == NEW_TOOL.name]
+        asked = {
             "call": known,
             "recovery": [p for p in known if p.outcome is Outcome.RECOVERED],
-            "new_tool": [p for p in new if p.call.name == NEW_TOOL.name],
+            "new_tool": new,
         }
-        self._prompts = {id(p): self._prompt(p) for p in [*known, *self._asked["new_tool"]]}
+        self._asked = {name: places for name, places in asked.items() if places}
+        self._places = [*known, *new]
+        self._prompts = {id(p): self._prompt(p) for p in self._places}
 
     @property
     def max_length(self) -> int:
@@ -121,13 +127,13 @@ class CallSuite:
 
     def score(self, engine: Engine) -> dict[str, Score]:
         """The scores of the policy that the engine holds, whose temperature must be 0."""
-        places = [*self._asked["call"], *self._asked["new_tool"]]
         turns = engine.complete(
-            [self._prompts[id(p)] for p in places], [self._config.max_new_tokens] * len(places)
+            [self._prompts[id(p)] for p in self._places],
+            [self._config.max_new_tokens] * len(self._places),
         )
         right = {
             id(place): self._renderer.parse(turn.ids, place.tools).tool_calls == (place.call,)
-            for place, turn in zip(places, turns, strict=True)
+            for place, turn in zip(self._places, turns, strict=True)
         }
         return {
             name: make_score(name, sum(right[id(p)] for p in asked), len(asked))

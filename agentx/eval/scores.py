@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
+_Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,6 @@ class EpisodeResult:
       read stands there with the name "" and its raw text as arguments.
     num_valid_calls: calls that parse, name a tool on offer and give it the right arguments.
     num_failed_calls: calls that the environment answered with a failure, for whatever reason.
-    kind: the kind of task, for scores by kind.
     """
 
     task_id: str
@@ -36,8 +35,6 @@ class EpisodeResult:
     num_valid_calls: int
     num_failed_calls: int
     calls: tuple[tuple[str, str, str], ...] = ()
-    reward: float = 0.0
-    kind: str = ""
 
     def __post_init__(self) -> None:
         for name in ("num_valid_calls", "num_failed_calls"):
@@ -108,8 +105,8 @@ class MeanScore:
     high: float
 
 
-def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """The score interval of a proportion (Wilson 1927): honest near 0 and 1, and for small n.
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927): honest near 0 and 1, and for small n.
 
     `wilson_interval(129, 256)` is about (0.443, 0.565). Of no trials it knows nothing: (0, 1).
     """
@@ -117,7 +114,7 @@ def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, flo
         raise ValueError(f"{successes} successes of {n} trials")
     if n == 0:
         return 0.0, 1.0
-    share = successes / n
+    share, z = successes / n, _Z_95
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
@@ -153,6 +150,12 @@ def score_episodes(episodes: Sequence[EpisodeResult]) -> dict[str, Score]:
         make_score("loop", sum(e.looped for e in episodes), len(episodes)),
     )
     return {score.name: score for score in scores}
+
+
+def cut_short(num_truncated: int, num_crashed: int) -> str:
+    """What kept episodes from their end, in words; "" where nothing did."""
+    counts = {"ran out of context": num_truncated, "crashed": num_crashed}
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
 
 
 def paired_difference(

@@ -17,6 +17,7 @@ from agentx.metrics import Progress
 from agentx.render import ToolRenderer
 from agentx.rollout import Episode, RolloutLimits, run_groups
 from agentx.sample.engine import Engine
+from agentx.sample.sampling import check_seed
 
 
 def result_of(episode: Episode) -> EpisodeResult:
@@ -28,8 +29,6 @@ def result_of(episode: Episode) -> EpisodeResult:
         num_valid_calls=sum(c.valid for c in episode.calls),
         num_failed_calls=sum(c.failed for c in episode.calls),
         calls=tuple((c.name, json.dumps(c.arguments), c.observation) for c in episode.calls),
-        reward=episode.reward,
-        kind=episode.task.kind,
     )
 
 
@@ -45,13 +44,15 @@ def evaluate(
 ) -> list[Episode]:
     """`num_episodes` episodes, one for each of as many tasks, at the engine's temperature.
 
-    title: of the progress line. Raises ValueError where the set has fewer tasks than that.
+    title: of the progress line. Raises ValueError where the set has fewer tasks than that,
+    and for a seed that is not in [0, 2^31).
     """
     if num_episodes > len(task_set):
         raise ValueError(
             f"{num_episodes} episodes were asked for but the task set has {len(task_set)} tasks: "
             f"ask for at most {len(task_set)}"
         )
+    check_seed("seed", seed)
     rng = np.random.Generator(np.random.Philox(key=seed))
     chosen = rng.permutation(len(task_set))[:num_episodes]
     tasks = [task_set.task(int(i), seed=int(rng.integers(2**62))) for i in chosen]

@@ -18,7 +18,8 @@ out_dir/results.json
           "name": "grpo", "seconds": 141.0, "steps": 45, "tokens": 1200000, "tokens_per_s": 8510.6,
           "scores": {
             "success": {"value": 0.676, "low": 0.616, "high": 0.73, "count": 173, "total": 256}
-          }
+          },
+          "episodes_truncated": 3, "episodes_crashed": 0
         }
       ],
       "sampler_trainer_logprob_difference": {"mean": 1e-6, "max": 2e-5},

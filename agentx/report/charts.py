@@ -116,12 +116,12 @@ def _path(points: Sequence[Point]) -> str:
 
 
 def _tick_names(ticks: Sequence[float]) -> list[str]:
-    """The ticks as text, all with the same decimals; thousands as k."""
+    """The ticks as text, all with the same decimals; thousands as k, small ones as they are."""
     largest = max((abs(t) for t in ticks), default=0)
     if largest >= 10_000:
         return [f"{t / 1000:g}k" if t else "0" for t in ticks]
     if largest < 1e-3:
-        return [f"{t:.0e}" if t else "0" for t in ticks]
+        return [f"{t:g}" for t in ticks]
     decimals = next(
         d for d in range(7) if d == 6 or all(abs(t - round(t, d)) < 1e-9 for t in ticks)
     )

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from agentx import metrics
 from agentx.eval.scores import Difference, Score, unpaired_difference
-from agentx.report import charts, palette, tokens
+from agentx.report import charts, palette, table, tokens
 
 # name -> (label, what it is a share of)
 SCORES = {
@@ -32,6 +32,7 @@ SCORES = {
     "loop": ("Loops", "episodes that went round in circles; lower is better"),
 }
 MAIN_CURVES = ("loss", "reward")
+_NO_CURVES = ("step", "time", "seconds")
 STAGE_LABELS = {"sft": "SFT", "grpo": "GRPO", "rl": "RL", "pretrain": "Pretraining"}
 
 
@@ -67,7 +68,8 @@ def write_run_report(run_dir: str | Path) -> Path:
     stage: dict[str, Any] = {"name": name}
     if records:
         stage["steps"] = records[-1]["step"]
-        stage["seconds"] = records[-1]["time"] - records[0]["time"]
+        # Of all the processes that made it, without the time between them.
+        stage["seconds"] = records[-1].get("seconds")
     return _write(run_dir, {"stages": [stage]}, [(name, records)], [])
 
 
@@ -92,6 +94,7 @@ def _write(
         "report.html.jinja",
         results=results,
         stages=results["stages"],
+        cut_short=table.stages_cut_short(results),
         totals=_totals(results["stages"]),
         headline=_headline(results),
         panels=_score_panels(results["stages"]),
@@ -184,7 +187,7 @@ def _curves(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[dict[str, 
     """For each stage its main curves, and all the others."""
     out = []
     for stage, records in runs:
-        names = dict.fromkeys(k for r in records for k in r if k not in ("step", "time"))
+        names = dict.fromkeys(k for r in records for k in r if k not in _NO_CURVES)
         drawn: dict[str, dict[str, Any]] = {}
         for name in names:
             points = [(r["step"], r[name]) for r in records if name in r]

@@ -6,7 +6,7 @@ Enters, as plain numbers and strings (`agentx.cli.rows.page_fields` makes them):
     length             places of the row, padding included
     row, batch         {"tokens", "trained", "padding", "weight"} of each; batch may be None
     parts              {"name", "objective", "share", "had", "num_rows", "plan"} of each source
-    runs               {"begin", "end", "subtree_end", "position", "parent"} of each run of tokens
+    runs               {"begin", "end", "subtree_end", "position", "depth"} of each run of tokens
     segments           entries of trajectories.json (see `agentx.report`) with "begin" and "end" of
                        their places and "piece", in words; each token may have "place", "position"
                        and "is_marker"
@@ -34,10 +34,7 @@ def write_row_page(path: Path, fields: Mapping[str, Any]) -> None:
     segments, length = fields["segments"], fields["length"]
     largest = max((abs(t["weight"]) for s in segments for t in s["tokens"]), default=0.0) or 1.0
     names = {segment["begin"]: segment["title"] for segment in segments}
-    runs = [
-        {**run, "name": names.get(run["begin"], ""), "above": _above(fields["runs"], number)}
-        for number, run in enumerate(fields["runs"])
-    ]
+    runs = [{**run, "name": names.get(run["begin"], "")} for run in fields["runs"]]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_page(
         path,
@@ -113,11 +110,3 @@ def _stretches(values: Sequence[Any], begin: int) -> list[tuple[int, int, Any]]:
         found.append((begin, end, value))
         begin = end
     return found
-
-
-def _above(runs: Sequence[Mapping[str, Any]], number: int) -> int:
-    """How many runs a run continues, one after the other."""
-    count = 0
-    while (number := runs[number]["parent"]) >= 0:
-        count += 1
-    return count

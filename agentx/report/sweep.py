@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from agentx.metrics import format_count, format_seconds
+from agentx.report.table import cell
 
 _COLOUR, _POINTS = "#1f77b4", "#9aa0a6"
 
@@ -46,13 +47,13 @@ def sweep_markdown(results: Mapping[str, Any]) -> str:
         [
             arm["name"],
             f"{arm['num_runs']} of {len(seeds)}",
-            _cell(arm["steps"], "{:.0f}".format),
-            _cell(arm["tokens"], format_count),
-            _cell(arm["share_with_loss"], lambda share: f"{100 * share:.0f} %"),
-            _cell(arm["seconds"], format_seconds),
-            _cell(arm["loss"], "{:.3f}".format),
-            *(_cell(arm["scores"][name]["mean"], _interval) for name in names),
-            *(_cell(arm["scores"][name]["difference"], _signed_interval) for name in names),
+            cell(arm["steps"], "{:.0f}".format),
+            cell(arm["tokens"], format_count),
+            cell(arm["share_with_loss"], lambda share: f"{100 * share:.0f} %"),
+            cell(arm["seconds"], format_seconds),
+            cell(arm["loss"], "{:.3f}".format),
+            *(cell(arm["scores"][name]["mean"], _interval) for name in names),
+            *(cell(arm["scores"][name]["difference"], _signed_interval) for name in names),
         ]
         for arm in results["arms"]
     ]
@@ -131,10 +132,6 @@ def _values(results: Mapping[str, Any], arm: str, name: str) -> Iterator[float]:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _cell(value: Any, form: Any) -> str:
-    return "" if value is None else form(value)
 
 
 def _interval(mean: Mapping[str, float]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import rich.console
 import rich.table
 
+from agentx.eval.scores import cut_short
 from agentx.metrics import format_count, format_seconds
 
 
@@ -22,7 +23,15 @@ def print_stage_table(
     table = rich.table.Table(
         box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True
     )
-    table.caption = "scores in percent, success with its 95 % interval"
+    table.caption = "\n".join(
+        [
+            "scores in percent, success with its 95 % interval",
+            *(
+                f"{stage}: of its episodes {cut}"
+                for stage, cut in stages_cut_short(results).items()
+            ),
+        ]
+    )
     table.add_column("stage", no_wrap=True)
     for name in ("time", "steps", "tokens\n/s"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -33,15 +42,23 @@ def print_stage_table(
         scores = stage.get("scores") or {}
         table.add_row(
             stage["name"],
-            _cell(stage.get("seconds"), format_seconds),
-            _cell(stage.get("steps"), "{:,}".format),
-            _cell(stage.get("tokens_per_s"), format_count),
+            cell(stage.get("seconds"), format_seconds),
+            cell(stage.get("steps"), "{:,}".format),
+            cell(stage.get("tokens_per_s"), format_count),
             *(_score_cell(name, scores.get(name)) for name in score_names),
         )
     (console or rich.console.Console()).print(table)
 
 
-def _cell(value: Any, form: Any) -> str:
+def stages_cut_short(results: Mapping[str, Any]) -> dict[str, str]:
+    """The stages of which some episodes came to no end of their own, and how many and why."""
+    counts = ("episodes_truncated", "episodes_crashed")
+    cut = {s["name"]: cut_short(*(s.get(c) or 0 for c in counts)) for s in results["stages"]}
+    return {stage: text for stage, text in cut.items() if text}
+
+
+def cell(value: Any, form: Any) -> str:
+    """What is known of a value, "" of one that is not."""
     return "" if value is None else form(value)
 
 

@@ -128,8 +128,8 @@ def _token_view(token: Mapping[str, Any], largest_weight: float) -> dict[str, An
 
 # A byte that is no character is this much more, in the text of its token (PEP 383).
 _BYTE = 0xDC00
-# What stands for a whitespace character on the page. SentencePiece writes a space as U+2581.
-_MARKS: dict[str, str] = {" ": "·", "\u2581": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
+# What stands for a whitespace character on the page.
+_MARKS: dict[str, str] = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
 
 
 def visible_pieces(text: str) -> list[tuple[str, str]]:

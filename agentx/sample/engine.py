@@ -34,7 +34,7 @@ from jax.sharding import Mesh
 
 from agentx.model.config import ModelConfig
 from agentx.sample.programs import Decoded
-from agentx.sample.sampling import SamplingParams, check_sampling
+from agentx.sample.sampling import SamplingParams, check_sampling, check_seed
 from agentx.sample.slots import Reading, Running, Slice, Slots
 from agentx.sharding import MeshConfig, make_mesh
 
@@ -146,10 +146,9 @@ class Engine:
                 f"the engine's max_length is {max_length}; the model allows 2 to "
                 f"{config.max_length}"
             )
-        if num_slots < 1 or not 0 <= seed < 2**31:
-            raise ValueError(
-                f"num_slots must be 1 or more and seed in [0, 2^31), got {num_slots} and {seed}"
-            )
+        if num_slots < 1:
+            raise ValueError(f"num_slots is {num_slots}; it must be 1 or more")
+        check_seed("seed", seed)
         self.config, self.max_length = config, max_length
         self.sampling = SamplingParams(temperature, top_k, top_p)
         check_sampling(self.sampling)

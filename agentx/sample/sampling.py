@@ -67,6 +67,12 @@ def check_sampling(params: SamplingParams) -> None:
         )
 
 
+def check_seed(name: str, seed: int) -> None:
+    """Raises ValueError for a seed that JAX would not take as it is, or that numpy would refuse."""
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"{name} is {seed}; it must be in [0, 2^31)")
+
+
 def row_uniforms(seed: Array | int, request_B: Array, position_B: Array) -> Array:
     """f32[B] in [0, 1): a pure function of (seed, request, position of the token in its sequence).
 

@@ -30,7 +30,7 @@ VARIABLES = {
 }
 KINDS = ("pretrain", "sft", "rl")
 # What is measured with a clock, and so differs from run to run.
-CLOCKS = ("time", "rollout_s")
+CLOCKS = ("time", "seconds", "rollout_s")
 
 
 def die(*unused: object) -> None:

@@ -85,10 +85,15 @@ def check_steady(place: str, objectives: Sequence[Objective]) -> None:
         )
 
 
+def check_share(name: str, value: float) -> None:
+    """Raises ValueError for a rate or a share outside [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; it must be in [0, 1]")
+
+
 def check_rates(name: str, rate: float, shares: dict[str, float]) -> None:
     """Raises ValueError for a rate outside [0, 1] and for shares that are no shares."""
-    if not 0 <= rate <= 1:
-        raise ValueError(f"{name}.rate is {rate}; it must be in [0, 1]")
+    check_share(f"{name}.rate", rate)
     if min(shares.values()) < 0 or sum(shares.values()) <= 0:
         *most, last = shares
         *values, value = shares.values()

@@ -12,6 +12,7 @@ from agentx.data.objectives.base import (
     OFFER,
     Example,
     Objective,
+    check_share,
     check_steady,
     random_generator,
 )
@@ -82,8 +83,7 @@ class ToolChoice:
 
     def __post_init__(self) -> None:
         check_steady("ToolChoice.base", [self.base])
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"ToolChoice.rate is {self.rate}; it must be in [0, 1]")
+        check_share("ToolChoice.rate", self.rate)
         if self.distractors < 0:
             raise ValueError(f"ToolChoice.distractors is {self.distractors}; it must be 0 or more")
         if self.distractors and not self.pool:

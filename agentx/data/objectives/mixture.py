@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from agentx.data.objectives.base import (
     CHOOSE,
@@ -34,7 +35,7 @@ class Mixture:
             )
         if min(self.shares) < 0 or sum(self.shares) <= 0:
             raise ValueError(f"shares must be 0 or more and not all 0, got {self.shares}")
-        inner = any(isinstance(objective, Mixture) for objective in self.objectives)
+        inner = any(map(_holds_mixture, self.objectives))
         if inner and sum(share > 0 for share in self.shares) > 1:  # with one there is no draw
             raise ValueError(
                 "a Mixture within a Mixture would draw the same number twice: put all objectives "
@@ -47,3 +48,10 @@ class Mixture:
 
     def room(self, trajectory: Trajectory) -> int:
         return max(objective.room(trajectory) for objective in self.objectives)
+
+
+def _holds_mixture(objective: Any) -> bool:
+    """Whether it is a Mixture, or stands around one."""
+    while objective is not None and not isinstance(objective, Mixture):
+        objective = getattr(objective, "base", None)
+    return objective is not None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from agentx.data.objectives.base import CUT, Example, random_generator
+from agentx.data.objectives.base import CUT, Example, check_share, random_generator
 from agentx.data.objectives.calls import load_tokenizer
 from agentx.data.objectives.weights import PlainText
 from agentx.tokenizer import Tokenizer
@@ -57,9 +57,7 @@ class FillInTheMiddle:
 
     def __post_init__(self) -> None:
         for name in ("rate", "spm", "lines"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"FillInTheMiddle.{name} is {value}; it must be in [0, 1]")
+            check_share(f"FillInTheMiddle.{name}", getattr(self, name))
 
     def room(self, trajectory: Trajectory) -> int:
         """3 markers, an <|end|>, and what parts may take more than the whole."""

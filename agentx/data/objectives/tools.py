@@ -11,6 +11,7 @@ from agentx.data.objectives.base import (
     RENAME,
     Example,
     Objective,
+    check_share,
     check_steady,
     random_generator,
 )
@@ -74,8 +75,7 @@ class ToolRename:
 
     def __post_init__(self) -> None:
         check_steady("ToolRename.base", [self.base])
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"ToolRename.rate is {self.rate}; it must be in [0, 1]")
+        check_share("ToolRename.rate", self.rate)
 
     def room(self, trajectory: Trajectory) -> int:
         """That of `base`, and a longest name for each tool, each parameter and each call."""

@@ -11,6 +11,7 @@ from agentx.data.objectives.base import (
     TRACE,
     Example,
     Objective,
+    check_share,
     check_steady,
     random_generator,
 )
@@ -66,8 +67,7 @@ class TraceAugment:
         check_steady("TraceAugment.base", [self.base])
         if not 0 <= self.share < 1:
             raise ValueError(f"TraceAugment.share is {self.share}; it must be in [0, 1)")
-        if not 0 <= self.before <= 1:
-            raise ValueError(f"TraceAugment.before is {self.before}; it must be in [0, 1]")
+        check_share("TraceAugment.before", self.before)
 
     @property
     def kept(self) -> float:
@@ -81,11 +81,13 @@ class TraceAugment:
         return self.share / (1 - self.share) * texts / traces if traces else 0.0
 
     def room(self, trajectory: Trajectory) -> int:
-        """The most that `base` asks for, with the trace or without, and an <|end|>."""
-        room = self.base.room(trajectory)
+        """The most that `base` asks for, wherever the trace is, and an <|end|> to part the two."""
         if not _has_trace(trajectory):
-            return room
-        return max(room, self.base.room(_without_trace(trajectory))) + (self.before > 0)
+            return self.base.room(trajectory)
+        forms = [trajectory, _without_trace(trajectory)]
+        if self.before > 0:
+            forms.append(_trace_first(trajectory))
+        return max(map(self.base.room, forms)) + (self.before > 0)
 
     def __call__(self, trajectory: Trajectory, seed: int, epoch: int, index: int) -> Example:
         if _has_trace(trajectory):
