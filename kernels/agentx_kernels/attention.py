@@ -33,6 +33,7 @@ def attention(
     *,
     layout: TreeLayout,
     hardware: Hardware,
+    keys: TreeLayout | None = None,
     plan: BlockPlan | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -47,6 +48,8 @@ def attention(
     q: float[B, S, N, H]; k: [B, S, K, H]; v: [B, S, K, Hv]; N a multiple of K, query heads
       n * N / K to (n + 1) * N / K - 1 sharing KV head n. One type for all three.
     layout: TreeLayout of i32[B, S]; see agentx_kernels.layout.
+    keys: the layout of the keys, where they are others of the rows' tokens than the queries: k and
+      v may then have another length.
     hardware: the device it will run on, from agentx_kernels.hardware.
     plan: of this layout, window and config, from agentx_kernels.plan: make it once a batch and give
       it to every layer. Made here if None.
@@ -66,24 +69,26 @@ def attention(
     Raises ValueError where shapes, types or the plan do not fit together, and for what the path of
     this hardware lacks.
     """
-    _check(q, k, v, layout)
+    keys = layout if keys is None else keys
+    _check(q, k, v, layout, keys)
     _check_numbers(q, hardware, window, softcap, sinks)
     config = block_config(hardware, q.shape[1]) if config is None else config
     if min(dataclasses.astuple(config)) < 1:
         raise ValueError(f"the blocks are {config}; each must have 1 token or more")
     if plan is None:
-        plan = make_plan(layout, config=config, window=window)
-    made_for = plan.length, plan.config, plan.window
-    if made_for != (q.shape[1], config, window):
+        plan = make_plan(layout, config=config, window=window, keys=keys)
+    made_for = plan.lengths, plan.config, plan.window
+    given = (q.shape[1], k.shape[1]), config, window
+    if made_for != given:
         raise ValueError(
-            f"the plan was made for length, blocks and window {made_for}, not "
-            f"{(q.shape[1], config, window)}: make one for these"
+            f"the plan was made for lengths, blocks and window {made_for}, not {given}: make one "
+            f"for these"
         )
     if hardware.platform == "tpu":
         _tpu().check(q, v, plan)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     path = _Path(Scores(scale, softcap, window), hardware, interpret)
-    o, lse = _attend(q, k, v, sinks, layout, plan, path)
+    o, lse = _attend(q, k, v, sinks, (layout, keys), plan, path)
     return (o, lse) if return_lse else o
 
 
@@ -100,33 +105,33 @@ def _attend(
     k: Array,
     v: Array,
     sinks: Array | None,
-    layout: TreeLayout,
+    layouts: tuple[TreeLayout, TreeLayout],
     plan: BlockPlan,
     path: _Path,
 ) -> tuple[Array, Array]:
     if path.hardware.platform == "tpu":
         return _tpu().forward(
-            q, k, v, layout, plan, sinks, path.scores, path.hardware, path.interpret
+            q, k, v, layouts, plan, sinks, path.scores, path.hardware, path.interpret
         )
-    return xla.forward(q, k, v, layout, plan, sinks, path.scores)
+    return xla.forward(q, k, v, layouts, plan, sinks, path.scores)
 
 
-def _attend_forward(q, k, v, sinks, layout, plan, path):
-    o, lse = _attend(q, k, v, sinks, layout, plan, path)
-    return (o, lse), (q, k, v, sinks, layout, plan, o, lse)
+def _attend_forward(q, k, v, sinks, layouts, plan, path):
+    o, lse = _attend(q, k, v, sinks, layouts, plan, path)
+    return (o, lse), (q, k, v, sinks, layouts, plan, o, lse)
 
 
 def _attend_backward(path, residuals, cotangents):
-    q, k, v, sinks, layout, plan, o, lse = residuals
+    q, k, v, sinks, layouts, plan, o, lse = residuals
     do, dlse = cotangents
     dtype = xla.accumulation_dtype(q)
     delta = jnp.sum(do.astype(dtype) * o.astype(dtype), -1) - dlse
     if path.hardware.platform == "tpu":
         gradients = _tpu().backward(
-            q, k, v, layout, plan, path.scores, do, lse, delta, path.hardware, path.interpret
+            q, k, v, layouts, plan, path.scores, do, lse, delta, path.hardware, path.interpret
         )
     else:
-        gradients = xla.backward(q, k, v, layout, plan, path.scores, do, lse, delta)
+        gradients = xla.backward(q, k, v, layouts, plan, path.scores, do, lse, delta)
     dsinks = None
     if sinks is not None:
         share = jnp.exp(sinks.astype(dtype) - lse)  # of the sink in each softmax
@@ -160,12 +165,12 @@ def _check_numbers(
         raise ValueError(f"sinks must have one value a head, {q.shape[2:3]}, not {sinks.shape}")
 
 
-def _check(q: Array, k: Array, v: Array, layout: TreeLayout) -> None:
+def _check(q: Array, k: Array, v: Array, layout: TreeLayout, keys: TreeLayout) -> None:
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"q, k and v must have 4 dims [B, S, heads, size], not {shapes}")
-    if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
-        raise ValueError(f"q, k and v must share batch and length, not {shapes}")
+    if q.shape[0] != k.shape[0] or k.shape[:2] != v.shape[:2]:
+        raise ValueError(f"q, k and v must share the batch, k and v the length, not {shapes}")
     if 0 in q.shape + k.shape + v.shape:
         raise ValueError(f"no dim of q, k and v may be 0, but they are {shapes}")
     if k.shape[2] != v.shape[2] or q.shape[2] % k.shape[2]:
@@ -179,9 +184,10 @@ def _check(q: Array, k: Array, v: Array, layout: TreeLayout) -> None:
             f"q, k and v must share one floating-point type, not {q.dtype}, {k.dtype}, {v.dtype}: "
             f"cast them"
         )
-    for name, x in zip(layout._fields, layout, strict=True):
-        if x.shape != q.shape[:2] or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(
-                f"layout.{name} must be integers {q.shape[:2]} like the tokens of q, not "
-                f"{x.dtype} {x.shape}"
-            )
+    for kind, given, tokens in (("layout", layout, q.shape[:2]), ("keys", keys, k.shape[:2])):
+        for name, x in zip(given._fields, given, strict=True):
+            if x.shape != tokens or not jnp.issubdtype(x.dtype, jnp.integer):
+                raise ValueError(
+                    f"{kind}.{name} must be integers {tokens} like the tokens it is of, not "
+                    f"{x.dtype} {x.shape}"
+                )

@@ -83,34 +83,38 @@ class KeyBlocks(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["queries", "keys"],
-    meta_fields=["length", "config", "window"],
+    meta_fields=["lengths", "config", "window"],
 )
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
-    """See the module. length, config, window: what it was made for."""
+    """See the module. lengths (of queries and of keys), config, window: what it was made for."""
 
     queries: QueryBlocks
     keys: KeyBlocks
-    length: int
+    lengths: tuple[int, int]
     config: BlockConfig
     window: int | None
 
 
-def make_plan(layout: TreeLayout, *, config: BlockConfig, window: int | None = None) -> BlockPlan:
+def make_plan(
+    layout: TreeLayout,
+    *,
+    config: BlockConfig,
+    window: int | None = None,
+    keys: TreeLayout | None = None,
+) -> BlockPlan:
     """The plan of a batch, for attention in these blocks and with this window.
 
     layout: i32[B, S] each. The last block may be shorter than the others.
     config: from `agentx_kernels.blocks`.
     window: a token sees itself and ancestors less than `window` above it; None for all of them.
+    keys: the layout of the keys, where they are others of the same rows' tokens than the queries.
     """
-    real = layout.subtree_end > 0
-    index_q, real_q, depth_q = (
-        _blocks(x, config.query) for x in (layout.index, real, layout.position)
-    )
-    index_k, real_k, depth_k, end_k = (
-        _blocks(x, config.key) for x in (layout.index, real, layout.position, layout.subtree_end)
-    )
-    queries = QueryBlocks(
+    keys = layout if keys is None else keys
+    index_q, end_q, depth_q = (_blocks(x, config.query) for x in layout)
+    index_k, end_k, depth_k = (_blocks(x, config.key) for x in keys)
+    real_q, real_k = end_q > 0, end_k > 0
+    query_blocks = QueryBlocks(
         index_min=_least(index_q, real_q),
         index_max=_most(index_q, real_q),
         whole=real_q.all(-1).astype(jnp.int32),
@@ -120,7 +124,7 @@ def make_plan(layout: TreeLayout, *, config: BlockConfig, window: int | None = N
         last=None,
     )
     end_max = end_k.max(-1)
-    keys = KeyBlocks(
+    key_blocks = KeyBlocks(
         index_min=_least(index_k, real_k),
         index_max=_most(index_k, real_k),
         depth_min=_least(depth_k, real_k),
@@ -131,9 +135,14 @@ def make_plan(layout: TreeLayout, *, config: BlockConfig, window: int | None = N
         first=None,
         last=None,
     )
-    queries = queries._replace(**_bounds(queries, lambda query: visits(query, keys, window)))
-    keys = keys._replace(**_bounds(keys, lambda key: visits(queries, key, window)))
-    return BlockPlan(queries, keys, layout.index.shape[1], config, window)
+    query_blocks = query_blocks._replace(
+        **_bounds(query_blocks, lambda query: visits(query, key_blocks, window))
+    )
+    key_blocks = key_blocks._replace(
+        **_bounds(key_blocks, lambda key: visits(query_blocks, key, window))
+    )
+    lengths = layout.index.shape[1], keys.index.shape[1]
+    return BlockPlan(query_blocks, key_blocks, lengths, config, window)
 
 
 def visited_blocks(plan: BlockPlan) -> Array:

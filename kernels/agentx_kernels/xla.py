@@ -51,13 +51,16 @@ def forward(
     q_BSNH: Array,
     k_BSKH: Array,
     v_BSKH: Array,
-    layout: TreeLayout,
+    layouts: tuple[TreeLayout, TreeLayout],
     plan: BlockPlan,
     sinks_N: Array | None,
     scores: Scores,
 ) -> tuple[Array, Array]:
-    """The output and its log-sum-exp [B, S, N]: minus infinity where nothing is seen."""
-    blocks = _cut(q_BSNH, k_BSKH, v_BSKH, layout, plan)
+    """The output and its log-sum-exp [B, S, N]: minus infinity where nothing is seen.
+
+    layouts: of the queries and of the keys.
+    """
+    blocks = _cut(q_BSNH, k_BSKH, v_BSKH, layouts, plan)
     num_q, num_k = blocks.q_IBKRH.shape[0], blocks.k_JBKCH.shape[0]
     acc_dtype = accumulation_dtype(q_BSNH)
     rows = blocks.q_IBKRH.shape[1:4]
@@ -103,7 +106,7 @@ def backward(
     q_BSNH: Array,
     k_BSKH: Array,
     v_BSKH: Array,
-    layout: TreeLayout,
+    layouts: tuple[TreeLayout, TreeLayout],
     plan: BlockPlan,
     scores: Scores,
     do_BSNH: Array,
@@ -111,7 +114,7 @@ def backward(
     delta_BSN: Array,
 ) -> tuple[Array, Array, Array]:
     """dq, dk and dv. delta: the sums of do * o, less the cotangent of lse."""
-    blocks = _cut(q_BSNH, k_BSKH, v_BSKH, layout, plan)
+    blocks = _cut(q_BSNH, k_BSKH, v_BSKH, layouts, plan)
     num_q, num_k = blocks.q_IBKRH.shape[0], blocks.k_JBKCH.shape[0]
     acc_dtype = accumulation_dtype(q_BSNH)
     kv_heads = k_BSKH.shape[2]
@@ -146,11 +149,11 @@ def backward(
         dv_JBKHC = jnp.zeros(blocks.v_JBKCH.swapaxes(-1, -2).shape, acc_dtype)
         (dk_JBKHC, dv_JBKHC), dq_IBKRH = lax.scan(attend, (dk_JBKHC, dv_JBKHC), jnp.arange(num_q))
 
-    length = q_BSNH.shape[1]
+    num_queries, num_keys = q_BSNH.shape[1], k_BSKH.shape[1]
     return (
-        _join_rows(dq_IBKRH, length, q_BSNH.shape[2]).astype(q_BSNH.dtype),
-        _join_columns(dk_JBKHC, length).astype(k_BSKH.dtype),
-        _join_columns(dv_JBKHC, length).astype(v_BSKH.dtype),
+        _join_rows(dq_IBKRH, num_queries, q_BSNH.shape[2]).astype(q_BSNH.dtype),
+        _join_columns(dk_JBKHC, num_keys).astype(k_BSKH.dtype),
+        _join_columns(dv_JBKHC, num_keys).astype(v_BSKH.dtype),
     )
 
 
@@ -235,7 +238,11 @@ def _to_visit(plan: BlockPlan, i) -> tuple[Array, Array]:
 
 
 def _cut(
-    q_BSNH: Array, k_BSKH: Array, v_BSKH: Array, layout: TreeLayout, plan: BlockPlan
+    q_BSNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    layouts: tuple[TreeLayout, TreeLayout],
+    plan: BlockPlan,
 ) -> _Blocks:
     def cut_layout(x_BS: Array, block: int, filling: int) -> Array:
         batch, length = x_BS.shape
@@ -243,16 +250,17 @@ def _cut(
         return x_BS.reshape(batch, -1, block).swapaxes(0, 1)
 
     kv_heads = k_BSKH.shape[2]
+    queries, keys = layouts
     # What fills up the last block has an index above any subtree's end: it sees nothing.
     return _Blocks(
         _cut_rows(q_BSNH, kv_heads, plan.config.query),
         _cut_rows(k_BSKH, kv_heads, plan.config.key),
         _cut_rows(v_BSKH, kv_heads, plan.config.key),
-        cut_layout(layout.index, plan.config.query, BEYOND),
-        cut_layout(layout.position, plan.config.query, 0),
-        cut_layout(layout.index, plan.config.key, BEYOND),
-        cut_layout(layout.position, plan.config.key, 0),
-        cut_layout(layout.subtree_end, plan.config.key, 0),
+        cut_layout(queries.index, plan.config.query, BEYOND),
+        cut_layout(queries.position, plan.config.query, 0),
+        cut_layout(keys.index, plan.config.key, BEYOND),
+        cut_layout(keys.position, plan.config.key, 0),
+        cut_layout(keys.subtree_end, plan.config.key, 0),
     )
 
 

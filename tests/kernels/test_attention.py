@@ -185,7 +185,7 @@ def good_arguments():
     ("change", "sentence"),
     [
         ({"q": jnp.zeros((2, 37, 8))}, "4 dims"),
-        ({"k": jnp.zeros((2, 36, 2, 8))}, "share batch and length"),
+        ({"k": jnp.zeros((2, 36, 2, 8))}, "k and v the length"),
         ({"q": jnp.zeros((2, 37, 3, 8))}, "number of heads"),
         ({"v": jnp.zeros((2, 37, 1, 8))}, "number of heads"),
         ({"k": jnp.zeros((2, 37, 2, 4))}, "one head size"),

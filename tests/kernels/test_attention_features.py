@@ -13,8 +13,7 @@ from agentx_kernels import reference
 from agentx_kernels.attention import attention
 from agentx_kernels.blocks import BlockConfig
 from agentx_kernels.hardware import hardware
-from agentx_kernels.layout import ROOT, causal, packed, prefix_tree
-from agentx_kernels.plan import make_plan
+from agentx_kernels.layout import prefix_tree
 
 BATCH = 2
 

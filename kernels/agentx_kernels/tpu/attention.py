@@ -44,7 +44,7 @@ def forward(
     q: Array,
     k: Array,
     v: Array,
-    layout: TreeLayout,
+    layouts: tuple[TreeLayout, TreeLayout],
     plan: BlockPlan,
     sinks: Array | None,
     scores: Scores,
@@ -55,10 +55,10 @@ def forward(
     length = q.shape[1]
     sinks = jnp.full(q.shape[2], -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
     o, lse = flash_forward.forward(
-        _to_heads(q, plan),
-        _to_heads(k, plan),
-        _to_heads(v, plan),
-        _tokens(layout, plan),
+        _to_heads(q, plan.config.query),
+        _to_heads(k, plan.config.key),
+        _to_heads(v, plan.config.key),
+        *_tokens(layouts, plan),
         plan,
         sinks,
         _options(scores, hardware, interpret),
@@ -71,7 +71,7 @@ def backward(
     q: Array,
     k: Array,
     v: Array,
-    layout: TreeLayout,
+    layouts: tuple[TreeLayout, TreeLayout],
     plan: BlockPlan,
     scores: Scores,
     do: Array,
@@ -81,44 +81,52 @@ def backward(
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
     """dq, dk and dv. delta: the sums of do * o, less the cotangent of lse."""
-    length = q.shape[1]
     lse = jnp.maximum(lse * LOG2_E, LOWEST)
     dq, dk, dv = flash_backward.backward(
-        _to_heads(q, plan),
-        _to_heads(k, plan),
-        _to_heads(v, plan),
-        _tokens(layout, plan),
+        _to_heads(q, plan.config.query),
+        _to_heads(k, plan.config.key),
+        _to_heads(v, plan.config.key),
+        *_tokens(layouts, plan),
         plan,
-        _to_heads(do, plan),
-        _to_heads(lse[..., None], plan)[..., 0],
-        _to_heads(delta[..., None], plan)[..., 0],
+        _to_heads(do, plan.config.query),
+        _to_heads(lse[..., None], plan.config.query)[..., 0],
+        _to_heads(delta[..., None], plan.config.query)[..., 0],
         _options(scores, hardware, interpret),
     )
     dq = (dq * scores.scale).astype(q.dtype)
-    return _from_heads(dq, length), _from_heads(dk, length), _from_heads(dv, length)
+    num_queries, num_keys = plan.lengths
+    return _from_heads(dq, num_queries), _from_heads(dk, num_keys), _from_heads(dv, num_keys)
 
 
 def _options(scores: Scores, hardware: Hardware, interpret: Any) -> Options:
     return Options(scores, int(_VMEM_SHARE * hardware.vmem_bytes), interpret)
 
 
-def _filling(plan: BlockPlan) -> int:
-    """What makes the length a multiple of both blocks."""
-    config = plan.config
-    return -plan.length % max(config.query, config.key)
-
-
-def _to_heads(x: Array, plan: BlockPlan) -> Array:
-    """[B, S, N, H] -> [B, N, S, H], filled up with zeros."""
-    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, _filling(plan)), (0, 0)))
+def _to_heads(x: Array, block: int) -> Array:
+    """[B, S, N, H] -> [B, N, S, H], filled up with zeros to whole blocks."""
+    x = x.swapaxes(1, 2)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0)))
 
 
 def _from_heads(x: Array, length: int) -> Array:
     return x[:, :, :length].swapaxes(1, 2)
 
 
-def _tokens(layout: TreeLayout, plan: BlockPlan) -> Array:
-    """i32[B, 3, S]: index, depth and subtree end; what fills up sees nothing and is not seen."""
-    parts = [(layout.index, BEYOND), (layout.position, 0), (layout.subtree_end, 0)]
-    pad = ((0, 0), (0, _filling(plan)))
-    return jnp.stack([jnp.pad(x, pad, constant_values=filling) for x, filling in parts], axis=1)
+def _tokens(layouts: tuple[TreeLayout, TreeLayout], plan: BlockPlan) -> tuple[Array, Array]:
+    """i32[B, 2, S] of queries, index and depth; i32[B, 3, S] of keys, and subtree end.
+
+    What fills up the last block sees nothing and is not seen.
+    """
+    queries, keys = layouts
+
+    def stacked(fields: list[tuple[Array, int]], block: int) -> Array:
+        rows = [
+            jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), constant_values=filling)
+            for x, filling in fields
+        ]
+        return jnp.stack(rows, axis=1)
+
+    return (
+        stacked([(queries.index, BEYOND), (queries.position, 0)], plan.config.query),
+        stacked([(keys.index, BEYOND), (keys.position, 0), (keys.subtree_end, 0)], plan.config.key),
+    )

@@ -39,7 +39,8 @@ def backward(
     q: Array,
     k: Array,
     v: Array,
-    tokens: Array,
+    query_tokens: Array,
+    key_tokens: Array,
     plan: BlockPlan,
     do: Array,
     lse: Array,
@@ -48,11 +49,11 @@ def backward(
 ) -> tuple[Array, Array, Array]:
     """dq f32[B, N, S, H], dk [B, K, S, H] and dv [B, K, S, Hv] in the types of k and v.
 
-    q, k, v, tokens: as for `flash_forward.forward`. do: [B, N, S, Hv]. lse: f32[B, N, S] in base 2,
+    q, k, v and tokens: as for `flash_forward.forward`. do: [B, N, S, Hv]. lse: f32[B, N, S], base 2,
     from there. delta: f32[B, N, S], the sum of do * o, less the cotangent of lse.
     """
-    batch, heads, length, size = q.shape
-    kv_heads, value_size = k.shape[1], v.shape[3]
+    batch, heads, _, size = q.shape
+    kv_heads, length, value_size = v.shape[1:]
     block_q, block_k = plan.config.query, plan.config.key
     whole = pl.BlockSpec(memory_space=pl.ANY)
 
@@ -62,7 +63,8 @@ def backward(
     scalars = [*plan.queries, *plan.keys]
     own = pl.BlockSpec((1, 3, block_k), lambda b, n, j, *_: (b, 0, j))
     zeros = jnp.zeros(q.shape, jnp.float32)
-    inputs = [k, v, tokens, q, do, jnp.stack([lse, delta], 2), tokens, zeros]
+    sums = jnp.stack([lse, delta], 2)
+    inputs = [k, v, key_tokens, q, do, sums, query_tokens, zeros]
     return pl.pallas_call(
         functools.partial(
             _backward_kernel, groups=heads // kv_heads, part=plan.config.part, options=options
@@ -76,7 +78,7 @@ def backward(
                 pltpu.VMEM((2, block_q, size), q.dtype),
                 pltpu.VMEM((2, block_q, value_size), do.dtype),
                 pltpu.VMEM((2, 2, block_q), jnp.float32),
-                pltpu.VMEM((2, 3, block_q), jnp.int32),
+                pltpu.VMEM((2, 2, block_q), jnp.int32),
                 pltpu.VMEM((2, block_q, size), jnp.float32),
                 pltpu.SemaphoreType.DMA((5, 2)),
                 pltpu.SemaphoreType.DMA((2,)),
@@ -178,7 +180,7 @@ def _backward_kernel(*refs: Any, groups: int, part: int, options: Options) -> No
                     else None
                 )
                 if masked:
-                    mine = [t_buffer[slot, field : field + 1, at] for field in range(3)]
+                    mine = [t_buffer[slot, field : field + 1, at] for field in range(2)]
                     theirs = [over_lanes(own[field], part) for field in range(3)]
                     s = jnp.where(allowed(mine, theirs, window), s, HIDDEN)
                 p = jnp.exp2(s - sums_buffer[slot, 0:1, at])

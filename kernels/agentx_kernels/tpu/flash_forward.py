@@ -39,12 +39,20 @@ Array = Any
 
 
 def forward(
-    q: Array, k: Array, v: Array, tokens: Array, plan: BlockPlan, sinks: Array, options: Options
+    q: Array,
+    k: Array,
+    v: Array,
+    query_tokens: Array,
+    key_tokens: Array,
+    plan: BlockPlan,
+    sinks: Array,
+    options: Options,
 ) -> tuple[Array, Array]:
     """The output [B, N, S, Hv] and its log-sum-exp f32[B, N, S], in base 2; LOWEST if none is seen.
 
-    q: [B, N, S, H]; k: [B, K, S, H]; v: [B, K, S, Hv], S a multiple of both blocks.
-    tokens: i32[B, 3, S], index, depth and subtree end. sinks: f32[N], -inf where there is none.
+    q: [B, N, S, H]; k: [B, K, S, H]; v: [B, K, S, Hv]; lengths in whole blocks.
+    query_tokens: i32[B, 2, S], index and depth. key_tokens: i32[B, 3, S], and subtree end.
+    sinks: f32[N], -inf where there is none.
     """
     batch, heads, length, size = q.shape
     value_size = v.shape[3]
@@ -65,7 +73,7 @@ def forward(
             grid=(batch, heads, length // block_q),
             in_specs=[
                 rows(size),
-                pl.BlockSpec((1, 3, block_q), lambda b, n, i, *_: (b, 0, i)),
+                pl.BlockSpec((1, 2, block_q), lambda b, n, i, *_: (b, 0, i)),
                 whole,
                 whole,
                 whole,
@@ -96,7 +104,7 @@ def forward(
             vmem_limit_bytes=options.vmem_limit,
         ),
         interpret=options.interpret,
-    )(*scalars, q, tokens, tokens, k, v)
+    )(*scalars, q, query_tokens, key_tokens, k, v)
     return o, lse[:, :, 0]
 
 
