@@ -42,7 +42,7 @@ def attention(
     config: BlockConfig | None = None,
     return_lse: bool = False,
     interpret: Any = False,
-) -> Array | tuple[Array, Array]:
+) -> Any:
     """softmax(scale * q @ k.T) @ v, where each token sees itself and its ancestors in `layout`.
 
     q: float[B, S, N, H]; k: [B, S, K, H]; v: [B, S, K, Hv]; N a multiple of K, query heads
@@ -61,10 +61,10 @@ def attention(
     return_lse: also the log-sum-exp of the scores, [B, S, N] in f32; differentiable.
     interpret: runs the TPU's kernels in Pallas' interpreter, for tests; as `pallas_call` takes it.
 
-    Returns [B, S, N, Hv] in the type of v. Softmax and sums are f32 (f64 for f64 inputs). A token
-    that sees nothing, such as padding, gets output 0, minus infinity as its log-sum-exp (the sink,
-    where there is one), and passes no gradient. Differentiable in q, k, v and sinks; memory grows
-    with S, forward and backward.
+    Returns [B, S, N, Hv] in the type of v; with `return_lse` a pair. Softmax and sums are f32 (f64
+    for f64 inputs). A token that sees nothing, such as padding, gets output 0, minus infinity as
+    its log-sum-exp (the sink, where there is one), and passes no gradient. Differentiable in q, k,
+    v and sinks; memory grows with S, forward and backward.
 
     Raises ValueError where shapes, types or the plan do not fit together, and for what the path of
     this hardware lacks.

@@ -49,8 +49,8 @@ def backward(
 ) -> tuple[Array, Array, Array]:
     """dq f32[B, N, S, H], dk [B, K, S, H] and dv [B, K, S, Hv] in the types of k and v.
 
-    q, k, v and tokens: as for `flash_forward.forward`. do: [B, N, S, Hv]. lse: f32[B, N, S], base 2,
-    from there. delta: f32[B, N, S], the sum of do * o, less the cotangent of lse.
+    q, k, v and tokens: as for `flash_forward.forward`. do: [B, N, S, Hv]. lse: f32[B, N, S], in
+    base 2. delta: f32[B, N, S], the sum of do * o, less the cotangent of lse.
     """
     batch, heads, _, size = q.shape
     kv_heads, length, value_size = v.shape[1:]
