@@ -10,6 +10,7 @@ H head size, D model, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from jax.nn import initializers
 from agentx.model.cache import new_columns, write_columns
 from agentx.model.config import ModelConfig
 from agentx.model.layers import (
+    Attend,
     Layer,
     RMSNorm,
     outputs_first,
@@ -29,15 +31,21 @@ from agentx.model.layers import (
     project_few,
     rotation,
 )
-from agentx.sharding import constrain
+from agentx.sharding import RULES, constrain
 from agentx_kernels import hardware as chips
 from agentx_kernels.attention import attention
+from agentx_kernels.blocks import block_config
+from agentx_kernels.context_parallel import Split, make_split_plan, split_attention
 from agentx_kernels.decode import decode_attention
 from agentx_kernels.hardware import Hardware
 from agentx_kernels.layout import TreeLayout
+from agentx_kernels.plan import make_plan
 
 Array = jax.Array
 CPU = chips.hardware("cpu")
+
+# How attention lies over the mesh: as the arrays that go in.
+_SPLIT = Split(RULES["batch"], *RULES["heads"], *RULES["sequence"])
 
 
 class Transformer(nnx.Module):
@@ -60,8 +68,7 @@ class Transformer(nnx.Module):
         graphdef, weights = nnx.split(self.layers)
         turn = rotation(layout.position, config)
 
-        def attend(q, k, v):
-            return attention(q, k, v, layout=layout, hardware=self.hardware)
+        attend = self._attention(layout)
 
         def one_layer(x_BSD, layer_weights):
             x_BSD, _ = nnx.merge(graphdef, layer_weights)(x_BSD, turn, attend)
@@ -71,6 +78,20 @@ class Transformer(nnx.Module):
             one_layer = jax.checkpoint(one_layer, prevent_cse=False)
         x_BSD, _ = lax.scan(one_layer, self._embed(tokens), weights)
         return self.final_norm(x_BSD)
+
+    def _attention(self, layout: TreeLayout) -> Attend:
+        """Attention over a batch, planned once for all layers, on the mesh if there is one."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            config = block_config(self.hardware, layout.index.shape[1])
+            plan = make_plan(layout, config=config)
+            return functools.partial(
+                attention, layout=layout, plan=plan, config=config, hardware=self.hardware
+            )
+        plan = make_split_plan(layout, _SPLIT, hardware=self.hardware)
+        return functools.partial(
+            split_attention, layout=layout, plan=plan, split=_SPLIT, hardware=self.hardware
+        )
 
     def decode(
         self, tokens: Array, positions: Array, cache_k: Array, cache_v: Array, lengths: Array

@@ -19,10 +19,23 @@ Array = jax.Array
 
 
 def attention(
-    q: Array, k: Array, v: Array, *, layout: TreeLayout, scale: float | None = None
-) -> Array:
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    layout: TreeLayout,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
     """See agentx_kernels.attention."""
-    return _masked_attention(q, k, v, allow(layout), scale)
+    allowed = allow(layout)
+    if window is not None:
+        allowed &= layout.position[:, :, None] - layout.position[:, None, :] < window
+    o, lse = _masked_attention(q, k, v, allowed, scale, softcap, sinks)
+    return (o, lse) if return_lse else o
 
 
 def decode_attention(
@@ -50,7 +63,7 @@ def decode_attention(
     allow_BTC = jnp.concatenate([cached_BTS, causal_BTT], axis=-1) & real_BT1
     k_BCKH = jnp.concatenate([k_cache, k_new], axis=2).swapaxes(1, 2)
     v_BCKH = jnp.concatenate([v_cache, v_new], axis=2).swapaxes(1, 2)
-    return _masked_attention(q, k_BCKH, v_BCKH, allow_BTC, scale)
+    return _masked_attention(q, k_BCKH, v_BCKH, allow_BTC, scale)[0]
 
 
 def token_logprobs(
@@ -65,17 +78,30 @@ def token_logprobs(
 
 
 def _masked_attention(
-    q_BTNH: Array, k_BCKH: Array, v_BCKH: Array, allow_BTC: Array, scale: float | None
-) -> Array:
+    q_BTNH: Array,
+    k_BCKH: Array,
+    v_BCKH: Array,
+    allow_BTC: Array,
+    scale: float | None,
+    softcap: float | None = None,
+    sinks_N: Array | None = None,
+) -> tuple[Array, Array]:
     scale = q_BTNH.shape[3] ** -0.5 if scale is None else scale
     groups = q_BTNH.shape[2] // k_BCKH.shape[2]
     k_BCNH = jnp.repeat(k_BCKH, groups, axis=2)
     v_BCNH = jnp.repeat(v_BCKH, groups, axis=2)
     allow_BNTC = allow_BTC[:, None]
     s_BNTC = scale * jnp.einsum("btnh,bcnh->bntc", q_BTNH, k_BCNH, precision="highest")
+    if softcap is not None:
+        s_BNTC = softcap * jnp.tanh(s_BNTC / softcap)
+    sink_N11 = -jnp.inf if sinks_N is None else sinks_N[:, None, None]
     m_BNT1 = jnp.max(s_BNTC, axis=-1, keepdims=True, where=allow_BNTC, initial=-jnp.inf)
-    below_BNTC = jnp.where(allow_BNTC, s_BNTC - jax.lax.stop_gradient(m_BNT1), 0)
+    m_BNT1 = jax.lax.stop_gradient(jnp.maximum(m_BNT1, sink_N11))
+    some_BNT1 = m_BNT1 > -jnp.inf
+    m_BNT1 = jnp.where(some_BNT1, m_BNT1, 0)
+    below_BNTC = jnp.where(allow_BNTC, s_BNTC - m_BNT1, 0)
     p_BNTC = jnp.where(allow_BNTC, jnp.exp(below_BNTC), 0)
-    sum_BNT1 = p_BNTC.sum(-1, keepdims=True)
-    p_BNTC = p_BNTC / jnp.where(sum_BNT1 > 0, sum_BNT1, 1)
-    return jnp.einsum("bntc,bcnh->btnh", p_BNTC, v_BCNH, precision="highest")
+    sum_BNT1 = jnp.where(some_BNT1, p_BNTC.sum(-1, keepdims=True) + jnp.exp(sink_N11 - m_BNT1), 1)
+    o_BTNH = jnp.einsum("bntc,bcnh->btnh", p_BNTC / sum_BNT1, v_BCNH, precision="highest")
+    lse_BNT1 = jnp.where(some_BNT1, m_BNT1 + jnp.log(sum_BNT1), -jnp.inf)
+    return o_BTNH, lse_BNT1[..., 0].swapaxes(1, 2)

@@ -11,9 +11,10 @@ from random_layouts import rows_of_forests
 
 from agentx_kernels import reference
 from agentx_kernels.attention import attention
+from agentx_kernels.blocks import BlockConfig
 from agentx_kernels.hardware import hardware
 from agentx_kernels.layout import ROOT, TreeLayout, causal, packed, prefix_tree
-from agentx_kernels.xla import _cut, _make_plan
+from agentx_kernels.plan import make_plan
 
 CPU = hardware("cpu")
 BATCH, LENGTH, SIZE = 2, 37, 8
@@ -29,11 +30,15 @@ def inputs(heads, kv_heads, value_size, length=LENGTH, batch=BATCH, seed=0):
     return [rng.standard_normal((batch, length, *shape), dtype=np.float32) for shape in shapes]
 
 
+def blocks(size):
+    return None if size is None else BlockConfig(size, size, size)
+
+
 @functools.cache
 def with_gradients(block_size):
     def run(layout, q, k, v, do):
         def attend(q, k, v):
-            return attention(q, k, v, layout=layout, hardware=CPU, block_size=block_size)
+            return attention(q, k, v, layout=layout, hardware=CPU, config=blocks(block_size))
 
         o, vjp = jax.vjp(attend, q, k, v)
         return o, *vjp(do)
@@ -93,7 +98,7 @@ def test_documents_and_branches_average_only_the_values_that_they_see():
     layout = prefix_tree([[(2, ROOT), (1, 0), (1, 0), (1, ROOT)]], 6)
     zeros = jnp.zeros((1, 6, 1, 4))
     v = jnp.array([1.0, 3, 5, 8, 100, 1000]).reshape(1, 6, 1, 1)
-    o = attention(zeros, zeros, v, layout=layout, hardware=CPU, block_size=2)
+    o = attention(zeros, zeros, v, layout=layout, hardware=CPU, config=blocks(2))
     np.testing.assert_allclose(o.ravel(), [1, 2, 3, 4, 100, 0], rtol=1e-6)
 
 
@@ -144,25 +149,6 @@ def test_the_scale_multiplies_the_scores():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def visited_blocks(layout, block_size):
-    """How many blocks of keys each block of queries visits."""
-    batch, length = layout.index.shape
-    x = jnp.zeros((batch, length, 1, 4))
-    return _make_plan(_cut(x, x, x, layout, block_size)).count_I.tolist()
-
-
-def test_blocks_that_nothing_allows_are_not_visited():
-    assert visited_blocks(causal(2, 32), 8) == [1, 2, 3, 4]
-    assert visited_blocks(packed([[8, 8, 16]], 32), 8) == [1, 1, 1, 2]
-    assert visited_blocks(packed([[8, 8]], 32), 8) == [1, 1, 0, 0]
-    # A trunk of one block and three branches of one block each.
-    assert visited_blocks(prefix_tree([[(8, ROOT), (8, 0), (8, 0), (8, 0)]], 32), 8) == [1, 2, 2, 2]
-    # A block is visited if any row of the batch needs it.
-    assert visited_blocks(packed([[8, 8, 16], [32]], 32), 8) == [1, 2, 3, 4]
-    # 30 tokens fill the last block with two that see nothing.
-    assert visited_blocks(causal(1, 30), 8) == [1, 2, 3, 4]
-
-
 def test_memory_grows_with_the_length_and_never_with_its_square():
     def temporary_bytes(length):
         x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
@@ -199,7 +185,7 @@ def good_arguments():
     ("change", "sentence"),
     [
         ({"q": jnp.zeros((2, 37, 8))}, "4 dims"),
-        ({"k": jnp.zeros((2, 36, 2, 8))}, "share batch and length"),
+        ({"k": jnp.zeros((2, 36, 2, 8))}, "k and v the length"),
         ({"q": jnp.zeros((2, 37, 3, 8))}, "number of heads"),
         ({"v": jnp.zeros((2, 37, 1, 8))}, "number of heads"),
         ({"k": jnp.zeros((2, 37, 2, 4))}, "one head size"),
@@ -208,15 +194,14 @@ def good_arguments():
         ({"layout": causal(2, 36)}, r"layout.index must be integers \(2, 37\)"),
         ({"layout": causal(1, 37)}, r"layout.index must be integers \(2, 37\)"),
         ({"hardware": "cpu"}, "hardware is 'cpu'; give a Hardware"),
-        ({"block_size": 0}, "block_size is 0"),
+        ({"config": BlockConfig(0, 8, 8)}, "1 token or more"),
+        ({"window": 0}, "window is 0"),
+        ({"softcap": 0.0}, "softcap is 0"),
+        ({"sinks": jnp.zeros(2)}, r"one value a head, \(4,\), not \(2,\)"),
+        ({"plan": make_plan(causal(BATCH, LENGTH), config=blocks(8))}, "the plan was made for"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_in_one_sentence(change, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         attention(**(good_arguments() | change))
     assert "\n" not in str(error.value)
-
-
-def test_a_feature_that_is_not_there_is_refused_and_not_ignored():
-    with pytest.raises(TypeError, match="window"):
-        attention(**good_arguments(), window=8)
