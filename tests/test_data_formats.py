@@ -1,4 +1,3 @@
-import contextlib
 import json
 import math
 import re
@@ -123,10 +122,19 @@ def test_a_malformed_line_is_named_by_file_and_line(tmp_path, line, sentence, re
 
 
 def test_json_of_any_depth_is_read_or_refused():
+    read, refusals = {}, []
     for depth in range(1, 1200):
         nested = b'{"a": ' + b"[" * depth + b'"\\u00e9"' + b"]" * depth + b"}"
-        with contextlib.suppress(reading.Malformed):
-            reading.json_object(nested, "here")
+        try:
+            read[depth] = reading.json_object(nested, "here")["a"] != ""
+        except reading.Malformed as refused:
+            read[depth] = False
+            refusals.append(str(refused))
+    assert all(said.startswith("here") and "\n" not in said for said in refusals)
+    assert read[1]
+    assert read[500]
+    assert not read[1199]
+    assert sorted(read.values(), reverse=True) == list(read.values())  # one border, and no crash
 
 
 def test_an_empty_data_set_is_an_error(tmp_path):

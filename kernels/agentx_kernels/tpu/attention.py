@@ -14,7 +14,7 @@ from agentx_kernels.layout import TreeLayout
 from agentx_kernels.plan import BEYOND, BlockPlan
 from agentx_kernels.scores import Scores
 from agentx_kernels.tpu import flash_backward, flash_forward
-from agentx_kernels.tpu.common import LOG2_E, LOWEST, Options
+from agentx_kernels.tpu.masked_scores import LOG2_E, LOWEST, Options
 
 Array = Any
 

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from agentx_kernels.plan import BlockPlan, KeyBlocks, QueryBlocks, is_full, visits
-from agentx_kernels.tpu.common import (
+from agentx_kernels.tpu.masked_scores import (
     HIDDEN,
     LANES,
     LOG2_E,
