@@ -15,7 +15,7 @@ import pytest
 from agentx.data.formats import Conversation, read_documents
 from agentx.env.base import Task
 from agentx.env.tasks.corpus import made_up, name_fragments, standard_library
-from agentx.env.tasks.expert import Demonstration, instructed_session
+from agentx.env.tasks.expert import Demonstration, instructed_session, repetition
 from agentx.env.tasks.library import NEW_TOOL, TIMED_OUT, TOOLS, LibraryEnv, LibraryTasks
 from agentx.env.tasks.recordings import RecordingConfig, message_record, record, text_documents
 from agentx.trajectory import Message, Outcome, ToolCall
@@ -283,3 +283,19 @@ def test_calls_fail_for_all_the_reasons_there_are():
 def test_without_slips_and_cold_tools_nothing_fails():
     for session, _ in sessions(20, slip_rate=0.0, rate_cold=0.0):
         assert {m.outcome for m in session.messages} == {Outcome.OK}
+
+
+def test_repetitions_are_lists_of_one_to_four_names_each_followed_by_its_copy():
+    fragments = name_fragments(standard_library("train"))
+    lengths = set()
+    for seed in range(20):
+        messages = repetition(rng(seed), fragments, num_names=20).messages
+        copied = 0
+        for request, answer in zip(messages[::2], messages[1::2], strict=True):
+            assert (request.role, answer.role) == ("user", "assistant")
+            names = answer.content.split("\n")
+            assert request.content == "repeat:" + ",".join(f"`{name}`" for name in names)
+            lengths.add(len(names))
+            copied += len(names)
+        assert 20 <= copied <= 23
+    assert lengths == {1, 2, 3, 4}

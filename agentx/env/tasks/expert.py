@@ -149,17 +149,22 @@ _STEPS = (
 
 
 def repetition(
-    rng: np.random.Generator, fragments: Sequence[str], num_names: int = 20
+    rng: np.random.Generator, fragments: Sequence[str], num_names: int = 20, most: int = 4
 ) -> Demonstration:
-    """A request to repeat some made-up names, and the answer: half of its tokens are copies.
+    """Requests to repeat made-up names, and the answers: half of the tokens are copies.
 
     Copying is what small models learn last and what every call needs: it takes hold within some
-    hundred steps of text as dense as this, and within thousands of tool sessions alone.
+    hundred steps of text as dense as this, and within thousands of tool sessions alone. A request
+    holds one to `most` names, of `num_names` or a few more in all: in a short list there is less to
+    take for what was meant, and copying comes sooner and for every seed (docs/log.md).
     """
-    names = [made_up_name(rng, fragments) for _ in range(num_names)]
-    prompt = "repeat:" + ",".join(f"`{name}`" for name in names)
-    messages = (Message("user", prompt), Message("assistant", "\n".join(names)))
-    return Demonstration(messages, (), "repetition")
+    messages: list[Message] = []
+    while num_names > 0:
+        names = [made_up_name(rng, fragments) for _ in range(rng.integers(1, most + 1))]
+        prompt = "repeat:" + ",".join(f"`{name}`" for name in names)
+        messages += [Message("user", prompt), Message("assistant", "\n".join(names))]
+        num_names -= len(names)
+    return Demonstration(tuple(messages), (), "repetition")
 
 
 async def instructed_session(
