@@ -28,7 +28,7 @@ from agentx.batch import Batch
 from agentx.losses import Loss
 from agentx.model.transformer import Transformer, init_params
 from agentx.optim import Optimizer
-from agentx.sharding import batch_sharding, check_batch, tree_shardings
+from agentx.sharding import batch_sharding, check_batch, constrain, tree_shardings
 from agentx_kernels import logprob
 
 Array = jax.Array
@@ -44,12 +44,26 @@ class TrainState(NamedTuple):
 
 
 def token_logprobs(model: Transformer, batch: Batch, temperature: float) -> tuple[Array, Array]:
-    """Log-probabilities of the batch's targets, and entropies, f32[B, S] each."""
-    hidden_BSD = model(batch.tokens, batch.layout)
+    """Log-probabilities of the batch's targets, and entropies, f32[B, S] each.
+
+    They are computed in an order in which attention has as much to do on every device, and come in
+    the order of the batch.
+    """
+    order_BS = model.balanced_order(batch.layout)
+    inputs = batch.tokens, batch.layout, batch.targets
+    if order_BS is not None:
+        inputs = jax.tree.map(lambda x_BS: _ordered(x_BS, order_BS), inputs)
+    tokens_BS, layout, targets_BS = inputs
+    hidden_BSD = model(tokens_BS, layout)
     with jax.named_scope("logprob"):
-        return logprob.token_logprobs(
-            hidden_BSD, model.unembedding(), batch.targets, temperature=temperature
+        outputs = logprob.token_logprobs(
+            hidden_BSD, model.unembedding(), targets_BS, temperature=temperature
         )
+    if order_BS is None:
+        return outputs
+    back_BS = jnp.argsort(order_BS)
+    logprobs_BS, entropy_BS = (_ordered(x_BS, back_BS) for x_BS in outputs)
+    return logprobs_BS, entropy_BS
 
 
 def make_train_step(
@@ -181,6 +195,14 @@ def _abstract_state(abstract_params: nnx.State, optimizer: Optimizer) -> TrainSt
     step = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.transform.init, abstract_params)
     return TrainState(step, abstract_params, opt_state)
+
+
+def _ordered(x_BS: Array, order_BS: Array) -> Array:
+    """Each row in its order, laid out like the batch."""
+    ordered_BS = x_BS.at[jnp.arange(len(x_BS))[:, None], order_BS].get(
+        unique_indices=True, mode="promise_in_bounds"
+    )
+    return constrain(ordered_BS, "batch", "sequence")
 
 
 def _cut(x_BS: Array, num_micro_batches: int) -> Array:

@@ -7,12 +7,13 @@ V vocabulary, L layers.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 
 Remat = Literal["none", "dots", "full"]
 Init = Literal["normal", "copy"]
+ContextParallel = Literal["auto", "all_gather", "ulysses", "ring", "usp"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class ModelConfig:
     remat: what the backward pass computes again: "none" nothing, "dots" what lies between products
       (norms, rotations, gates), "full" everything of a layer, from its input. "dots" keeps less
       than half of what "none" does, and is faster where memory is slow (a sixth on a CPU).
+    context_parallel: how attention meets tokens that lie on other devices: a strategy of
+      `agentx_kernels.context_parallel`, or "auto", which chooses by KV heads and memory.
 
     Raises ValueError where sizes are not positive or do not fit together.
     """
@@ -51,6 +54,7 @@ class ModelConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: Remat = "dots"
+    context_parallel: ContextParallel = "auto"
 
     def __post_init__(self) -> None:
         for name in (
@@ -86,6 +90,11 @@ class ModelConfig:
             raise ValueError(f"init is {self.init!r}; choose normal or copy")
         if self.remat not in ("none", "dots", "full"):
             raise ValueError(f"remat is {self.remat!r}; choose none, dots or full")
+        if self.context_parallel not in get_args(ContextParallel):
+            raise ValueError(
+                f"context_parallel is {self.context_parallel!r}; choose one of "
+                f"{', '.join(get_args(ContextParallel))}"
+            )
 
     @property
     def compute_dtype(self) -> jnp.dtype:

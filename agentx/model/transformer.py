@@ -11,6 +11,7 @@ H head size, D model, V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,8 +35,9 @@ from agentx.model.layers import (
 from agentx.sharding import RULES, constrain
 from agentx_kernels import hardware as chips
 from agentx_kernels.attention import attention
+from agentx_kernels.balance import balanced_order, can_balance
 from agentx_kernels.blocks import block_config
-from agentx_kernels.context_parallel import Split, make_split_plan, split_attention
+from agentx_kernels.context_parallel import Split, choose_split, make_split_plan, split_attention
 from agentx_kernels.decode import decode_attention
 from agentx_kernels.hardware import Hardware
 from agentx_kernels.layout import TreeLayout
@@ -45,7 +47,7 @@ Array = jax.Array
 CPU = chips.hardware("cpu")
 
 # How attention lies over the mesh: as the arrays that go in.
-_SPLIT = Split(RULES["batch"], *RULES["heads"], *RULES["sequence"])
+_SPLIT = Split(RULES["batch"], RULES["heads"][0], RULES["sequence"][0])
 
 
 class Transformer(nnx.Module):
@@ -88,9 +90,36 @@ class Transformer(nnx.Module):
             return functools.partial(
                 attention, layout=layout, plan=plan, config=config, hardware=self.hardware
             )
-        plan = make_split_plan(layout, _SPLIT, hardware=self.hardware)
-        return functools.partial(
-            split_attention, layout=layout, plan=plan, split=_SPLIT, hardware=self.hardware
+        split_plan = make_split_plan(layout, self._split(mesh, layout), hardware=self.hardware)
+        return functools.partial(split_attention, plan=split_plan, hardware=self.hardware)
+
+    def balanced_order(self, layout: TreeLayout) -> Array | None:
+        """i32[B, S], the order of a batch's tokens in which every device attends to as much.
+
+        None where none is better: without devices along the tokens, where they exchange heads for
+        all of them, or where a device's part of a row is a single block.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return None
+        parts = self._split(mesh, layout).num_groups()
+        if not can_balance(layout.index.shape[1], parts, self.hardware):
+            return None
+        return balanced_order(layout, parts, hardware=self.hardware)
+
+    def _split(self, mesh: jax.sharding.AbstractMesh, layout: TreeLayout) -> Split:
+        config = self.config
+        rows, length = layout.index.shape
+        rows //= math.prod(mesh.shape[axis] for axis in _SPLIT.rows)
+        kv_heads = max(1, config.num_kv_heads // mesh.shape[_SPLIT.heads])
+        keys_and_values = 2 * kv_heads * config.head_dim * config.compute_dtype.itemsize
+        return choose_split(
+            config.context_parallel,
+            _SPLIT,
+            devices=mesh.shape[_SPLIT.tokens],
+            kv_heads=kv_heads,
+            gathered_bytes=2 * rows * length * keys_and_values,
+            hardware=self.hardware,
         )
 
     def decode(

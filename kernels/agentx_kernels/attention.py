@@ -1,25 +1,24 @@
 """Attention over a TreeLayout: the public face, which checks, plans and picks the path.
 
-There are two paths: Pallas kernels on TPU (tpu/), and plain XLA in blocks (xla.py) for CPU, and for
-GPU until it has kernels of its own. Each takes every argument there is here, or refuses in one
-sentence what it lacks.
+There are two paths (paths.py): Pallas kernels on TPU (tpu/), and plain XLA in blocks (xla.py) for
+CPU, and for GPU until it has kernels of its own. Each takes every argument there is here, or
+refuses in one sentence what it lacks.
 
 Legend: B batch, S tokens, N heads, K KV heads, H head size of q and k, Hv head size of v.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from agentx_kernels import xla
 from agentx_kernels.blocks import BlockConfig, block_config
 from agentx_kernels.hardware import Hardware
 from agentx_kernels.layout import TreeLayout
+from agentx_kernels.paths import Layouts, Path, sink_gradient
 from agentx_kernels.plan import BlockPlan, make_plan
 from agentx_kernels.scores import Scores
 
@@ -70,11 +69,10 @@ def attention(
     this hardware lacks.
     """
     keys = layout if keys is None else keys
-    _check(q, k, v, layout, keys)
-    _check_numbers(q, hardware, window, softcap, sinks)
+    check_arrays(q, k, v, sinks, layout, keys)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    path = Path(Scores(scale, softcap, window), hardware, interpret)
     config = block_config(hardware, q.shape[1]) if config is None else config
-    if min(dataclasses.astuple(config)) < 1:
-        raise ValueError(f"the blocks are {config}; each must have 1 token or more")
     if plan is None:
         plan = make_plan(layout, config=config, window=window, keys=keys)
     made_for = plan.lengths, plan.config, plan.window
@@ -84,19 +82,9 @@ def attention(
             f"the plan was made for lengths, blocks and window {made_for}, not {given}: make one "
             f"for these"
         )
-    if hardware.platform == "tpu":
-        _tpu().check(q, v, plan)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    path = _Path(Scores(scale, softcap, window), hardware, interpret)
+    path.check(q, v, plan)
     o, lse = _attend(q, k, v, sinks, (layout, keys), plan, path)
     return (o, lse) if return_lse else o
-
-
-@dataclasses.dataclass(frozen=True)
-class _Path:
-    scores: Scores
-    hardware: Hardware
-    interpret: Any
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -105,15 +93,11 @@ def _attend(
     k: Array,
     v: Array,
     sinks: Array | None,
-    layouts: tuple[TreeLayout, TreeLayout],
+    layouts: Layouts,
     plan: BlockPlan,
-    path: _Path,
+    path: Path,
 ) -> tuple[Array, Array]:
-    if path.hardware.platform == "tpu":
-        return _tpu().forward(
-            q, k, v, layouts, plan, sinks, path.scores, path.hardware, path.interpret
-        )
-    return xla.forward(q, k, v, layouts, plan, sinks, path.scores)
+    return path.forward(q, k, v, layouts, plan, sinks)
 
 
 def _attend_forward(q, k, v, sinks, layouts, plan, path):
@@ -124,48 +108,23 @@ def _attend_forward(q, k, v, sinks, layouts, plan, path):
 def _attend_backward(path, residuals, cotangents):
     q, k, v, sinks, layouts, plan, o, lse = residuals
     do, dlse = cotangents
-    dtype = xla.accumulation_dtype(q)
-    delta = jnp.sum(do.astype(dtype) * o.astype(dtype), -1) - dlse
-    if path.hardware.platform == "tpu":
-        gradients = _tpu().backward(
-            q, k, v, layouts, plan, path.scores, do, lse, delta, path.hardware, path.interpret
-        )
-    else:
-        gradients = xla.backward(q, k, v, layouts, plan, path.scores, do, lse, delta)
-    dsinks = None
-    if sinks is not None:
-        share = jnp.exp(sinks.astype(dtype) - lse)  # of the sink in each softmax
-        dsinks = -jnp.sum(share * delta, (0, 1)).astype(sinks.dtype)
-    return *gradients, dsinks, None, None
+    delta = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1) - dlse
+    gradients = path.backward(q, k, v, layouts, plan, do, lse, delta)
+    return *gradients, sink_gradient(sinks, lse, delta), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _tpu() -> Any:
-    """The path with Pallas, which takes a second to import where nobody needs it."""
-    from agentx_kernels.tpu import attention as tpu
-
-    return tpu
-
-
-def _check_numbers(
-    q: Array, hardware: Hardware, window: int | None, softcap: float | None, sinks: Array | None
+def check_arrays(
+    q: Array,
+    k: Array,
+    v: Array,
+    sinks: Array | None,
+    layout: TreeLayout,
+    keys: TreeLayout,
 ) -> None:
-    if not isinstance(hardware, Hardware):
-        raise ValueError(
-            f"hardware is {hardware!r}; give a Hardware, such as agentx_kernels.hardware's "
-            f"hardware('cpu')"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; it must be 1 or more, or None for no window")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; it must be above 0, or None for none")
-    if sinks is not None and sinks.shape != q.shape[2:3]:
-        raise ValueError(f"sinks must have one value a head, {q.shape[2:3]}, not {sinks.shape}")
-
-
-def _check(q: Array, k: Array, v: Array, layout: TreeLayout, keys: TreeLayout) -> None:
+    """Raises ValueError where the arguments of `attention` do not fit together."""
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"q, k and v must have 4 dims [B, S, heads, size], not {shapes}")
@@ -191,3 +150,5 @@ def _check(q: Array, k: Array, v: Array, layout: TreeLayout, keys: TreeLayout) -
                     f"{kind}.{name} must be integers {tokens} like the tokens it is of, not "
                     f"{x.dtype} {x.shape}"
                 )
+    if sinks is not None and sinks.shape != q.shape[2:3]:
+        raise ValueError(f"sinks must have one value a head, {q.shape[2:3]}, not {sinks.shape}")

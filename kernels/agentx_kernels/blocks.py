@@ -22,6 +22,10 @@ class BlockConfig:
     key: int
     part: int
 
+    def __post_init__(self) -> None:
+        if min(dataclasses.astuple(self)) < 1:
+            raise ValueError(f"the blocks are {self}; each must have 1 token or more")
+
 
 # The most tokens of a block and of a part. On CPU the scores of a block should stay in cache: 128
 # measured best of 64 to 512 (kernels/README.md). A GPU wants matrix products that fill its units.

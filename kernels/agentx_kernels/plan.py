@@ -152,6 +152,15 @@ def visited_blocks(plan: BlockPlan) -> Array:
     return visits(queries, keys, plan.window)
 
 
+def visits_of_queries(plan: BlockPlan) -> Array:
+    """i32[B, I], how many blocks of keys each block of queries visits."""
+
+    def count(query: QueryBlocks) -> Array:
+        return visits(query, plan.keys, plan.window).sum(1, dtype=jnp.int32)
+
+    return _over_blocks(plan.queries, count)
+
+
 def visits(query: QueryBlocks, key: KeyBlocks, window: int | None) -> Array:
     """Whether some query of a block may see some key of another."""
     some = (key.index_min <= query.index_max) & (key.end_max > query.index_min)
@@ -184,22 +193,30 @@ def _most(x: Array, real: Array) -> Array:
 
 
 def _bounds(blocks: Any, visited: Callable[[Any], Array]) -> dict[str, Array]:
-    """`first` and `last` of each block of one side, given which of the other one meets: bool[B, J].
+    """`first` and `last` of each block of one side, given which of the other one meets."""
 
-    A few blocks at a time, for all with all would be an array that grows with the square.
-    """
-    names = [name for name, x in zip(blocks._fields, blocks, strict=True) if x is not None]
-
-    def bound(columns: list[Array]) -> tuple[Array, Array]:
-        block = blocks._replace(**{n: x[:, None] for n, x in zip(names, columns, strict=True)})
+    def bound(block: Any) -> tuple[Array, Array]:
         visited_BJ = visited(block)
         at = jnp.arange(visited_BJ.shape[1], dtype=jnp.int32)
         first = jnp.where(visited_BJ, at, at.size).min(1)
         return first, jnp.where(visited_BJ, at, -1).max(1)
 
-    columns = [getattr(blocks, name).T for name in names]
-    first, last = lax.map(bound, columns, batch_size=_AT_ONCE)
-    return {"first": first.T, "last": last.T}
+    first, last = _over_blocks(blocks, bound)
+    return {"first": first, "last": last}
+
+
+def _over_blocks(blocks: Any, f: Callable[[Any], Any]) -> Any:
+    """What f(block [B, 1] each) -> [B] gives for every block, [B, I].
+
+    A few blocks at a time, for all with all would be an array that grows with the square.
+    """
+    names = [name for name, x in zip(blocks._fields, blocks, strict=True) if x is not None]
+
+    def one(columns: list[Array]) -> Any:
+        return f(blocks._replace(**{n: x[:, None] for n, x in zip(names, columns, strict=True)}))
+
+    found = lax.map(one, [getattr(blocks, name).T for name in names], batch_size=_AT_ONCE)
+    return jax.tree.map(lambda x: x.T, found)
 
 
 def _next_greater(x_BJ: Array) -> Array:

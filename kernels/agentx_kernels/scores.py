@@ -15,3 +15,11 @@ class Scores:
     scale: float
     softcap: float | None = None
     window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(
+                f"window is {self.window}; it must be 1 or more, or None for no window"
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap is {self.softcap}; it must be above 0, or None for none")

@@ -194,7 +194,6 @@ def good_arguments():
         ({"layout": causal(2, 36)}, r"layout.index must be integers \(2, 37\)"),
         ({"layout": causal(1, 37)}, r"layout.index must be integers \(2, 37\)"),
         ({"hardware": "cpu"}, "hardware is 'cpu'; give a Hardware"),
-        ({"config": BlockConfig(0, 8, 8)}, "1 token or more"),
         ({"window": 0}, "window is 0"),
         ({"softcap": 0.0}, "softcap is 0"),
         ({"sinks": jnp.zeros(2)}, r"one value a head, \(4,\), not \(2,\)"),
@@ -205,3 +204,8 @@ def test_arguments_that_do_not_fit_are_refused_in_one_sentence(change, sentence)
     with pytest.raises(ValueError, match=sentence) as error:
         attention(**(good_arguments() | change))
     assert "\n" not in str(error.value)
+
+
+def test_a_block_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="1 token or more"):
+        BlockConfig(0, 8, 8)

@@ -1,0 +1,110 @@
+"""How attention is computed, by hardware: Pallas kernels on TPU, plain XLA in blocks elsewhere.
+
+What both take and give is here, so that one device and a ring of them call the same two passes.
+
+Legend: B batch, S tokens, N heads, K KV heads, H head size of q and k, Hv of v.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from agentx_kernels import xla
+from agentx_kernels.hardware import Hardware
+from agentx_kernels.layout import TreeLayout
+from agentx_kernels.plan import BlockPlan
+from agentx_kernels.scores import Scores
+
+Array = jax.Array
+Layouts = tuple[TreeLayout, TreeLayout]
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """scores: how a dot product becomes a score. interpret: as `pallas_call` takes it."""
+
+    scores: Scores
+    hardware: Hardware
+    interpret: Any = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.hardware, Hardware):
+            raise ValueError(
+                f"hardware is {self.hardware!r}; give a Hardware, such as "
+                f"agentx_kernels.hardware's hardware('cpu')"
+            )
+
+    def check(self, q: Array, v: Array, plan: BlockPlan) -> None:
+        """Raises ValueError for what the kernels of this hardware lack."""
+        if self.hardware.platform == "tpu":
+            _tpu().check(q, v, plan)
+
+    def forward(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        layouts: Layouts,
+        plan: BlockPlan,
+        sinks: Array | None,
+    ) -> tuple[Array, Array]:
+        """The output [B, S, N, Hv] and its log-sum-exp [B, S, N].
+
+        layouts: of the queries and of the keys.
+        """
+        if self.hardware.platform == "tpu":
+            return _tpu().forward(
+                q, k, v, layouts, plan, sinks, self.scores, self.hardware, self.interpret
+            )
+        return xla.forward(q, k, v, layouts, plan, sinks, self.scores)
+
+    def backward(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        layouts: Layouts,
+        plan: BlockPlan,
+        do: Array,
+        lse: Array,
+        delta: Array,
+    ) -> tuple[Array, Array, Array]:
+        """dq, dk and dv.
+
+        lse, delta: [B, S, N], of the whole softmax, of which these keys may be a part. delta: the
+        sums of do * o, less the cotangent of lse.
+        """
+        if self.hardware.platform == "tpu":
+            return _tpu().backward(
+                q,
+                k,
+                v,
+                layouts,
+                plan,
+                self.scores,
+                do,
+                lse,
+                delta,
+                self.hardware,
+                self.interpret,
+            )
+        return xla.backward(q, k, v, layouts, plan, self.scores, do, lse, delta)
+
+
+def sink_gradient(sinks: Array | None, lse: Array, delta: Array) -> Array | None:
+    """dsinks [N]: a sink is a score whose value is 0."""
+    if sinks is None:
+        return None
+    share = jnp.exp(sinks.astype(lse.dtype) - lse)  # of the sink in each softmax
+    return -jnp.sum(share * delta, (0, 1)).astype(sinks.dtype)
+
+
+def _tpu() -> Any:
+    """The path with Pallas, which takes a second to import where nobody needs it."""
+    from agentx_kernels.tpu import attention as tpu
+
+    return tpu
