@@ -13,7 +13,7 @@ from agentx_kernels import reference
 from agentx_kernels.attention import attention
 from agentx_kernels.blocks import BlockConfig
 from agentx_kernels.hardware import hardware
-from agentx_kernels.layout import prefix_tree
+from agentx_kernels.layout import ROOT, prefix_tree
 
 BATCH = 2
 
@@ -100,3 +100,17 @@ def test_xla_matches_the_oracle_on_random_forests(feature, rows):
 def test_tpu_matches_the_oracle_on_random_forests(feature, rows):
     layout, arrays = prefix_tree(rows, 300), inputs("tpu")
     assert_close(ours("tpu", feature)(layout, *arrays), oracle(feature, layout, *arrays))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bfloat16_is_within_a_hundredth_of_the_oracle(path):
+    length = PATHS[path][1]
+    layout = prefix_tree(
+        [[(length // 3, ROOT), (9, 0), (length // 3, 0)], [(length, ROOT)]], length
+    )
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in inputs(path)]
+    q, k, v, sinks, do, dlse = rounded
+    arrays = q, k, v, sinks.astype(jnp.float32), do, dlse.astype(jnp.float32)
+    got = ours(path, "all")(layout, *arrays)
+    assert [x.dtype for x in got[2:5]] == [jnp.bfloat16] * 3
+    assert_close(got, oracle("all", layout, *arrays), tolerance=1e-2)
