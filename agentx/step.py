@@ -28,11 +28,19 @@ from agentx.batch import Batch
 from agentx.losses import Loss
 from agentx.model.transformer import Transformer, init_params
 from agentx.optim import Optimizer
-from agentx.sharding import batch_sharding, check_batch, tree_shardings
+from agentx.sharding import RULES, batch_sharding, check_batch, tree_shardings
 from agentx_kernels import logprob
 
 Array = jax.Array
 Metrics = dict[str, Array]
+
+# How hidden states and the unembedding lie over the mesh.
+_SPLIT = logprob.VocabularySplit(
+    rows=RULES["batch"],
+    tokens=RULES["sequence"][0],
+    vocab=RULES["vocab"][0],
+    embed=RULES["embed"],
+)
 
 
 class TrainState(NamedTuple):
@@ -46,9 +54,15 @@ class TrainState(NamedTuple):
 def token_logprobs(model: Transformer, batch: Batch, temperature: float) -> tuple[Array, Array]:
     """Log-probabilities of the batch's targets, and entropies, f32[B, S] each."""
     hidden_BSD = model(batch.tokens, batch.layout)
+    mesh = jax.sharding.get_abstract_mesh()
     with jax.named_scope("logprob"):
         return logprob.token_logprobs(
-            hidden_BSD, model.unembedding(), batch.targets, temperature=temperature
+            hidden_BSD,
+            model.unembedding(),
+            batch.targets,
+            hardware=model.hardware,
+            temperature=temperature,
+            split=None if mesh.empty or mesh.size == 1 else _SPLIT,
         )
 
 

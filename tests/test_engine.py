@@ -12,6 +12,7 @@ from flax import nnx
 from agentx.model import ModelConfig, abstract_transformer, init_params
 from agentx.sample import Engine, SamplingParams
 from agentx.sharding import MeshConfig, make_mesh, tree_shardings
+from agentx_kernels.hardware import hardware
 from agentx_kernels.layout import causal
 from agentx_kernels.logprob import token_logprobs
 
@@ -67,7 +68,7 @@ def forward(params: nnx.State, tokens, temperature):
     hidden = model(tokens, causal(*tokens.shape))
     table = model.unembedding()
     targets = jnp.roll(tokens, -1, 1)
-    logprobs, _ = token_logprobs(hidden / temperature, table, targets)
+    logprobs, _ = token_logprobs(hidden / temperature, table, targets, hardware=hardware("cpu"))
     return logprobs, jnp.argmax(hidden @ table.T, -1)
 
 

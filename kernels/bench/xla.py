@@ -88,7 +88,8 @@ def main() -> None:
 
         hidden, embedding = normal(batch, length, model), normal(vocab, model) * model**-0.5
         targets = jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32)
-        functions = {"chunked": token_logprobs, "plain": reference.token_logprobs}
+        on_cpu_logprobs = functools.partial(token_logprobs, hardware=hardware("cpu"))
+        functions = {"blockwise": on_cpu_logprobs, "plain": reference.token_logprobs}
         forward = {key: jax.jit(f) for key, f in functions.items()}
         shape_logits = (batch, length, model, vocab)
         report("token_logprobs forward", shape_logits, forward, (hidden, embedding, targets))
