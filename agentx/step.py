@@ -62,6 +62,7 @@ def token_logprobs(model: Transformer, batch: Batch, temperature: float) -> tupl
             batch.targets,
             hardware=model.hardware,
             temperature=temperature,
+            softcap=model.config.logit_softcap,
             split=None if mesh.empty or mesh.size == 1 else _SPLIT,
         )
 
