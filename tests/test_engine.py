@@ -12,6 +12,7 @@ from flax import nnx
 from agentx.model import ModelConfig, abstract_transformer, init_params
 from agentx.sample import Engine, SamplingParams
 from agentx.sharding import MeshConfig, make_mesh, tree_shardings
+from agentx_kernels.hardware import hardware
 from agentx_kernels.layout import causal
 from agentx_kernels.logprob import token_logprobs
 
@@ -24,6 +25,7 @@ CONFIG = ModelConfig(
     head_dim=8,
     d_ff=64,
     max_length=256,
+    logit_softcap=4.0,
 )
 LENGTH = 96
 STOPS = (5, 6, 7, 8)
@@ -60,14 +62,21 @@ def fresh() -> Engine:
     return engine
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="temperature")
 def forward(params: nnx.State, tokens, temperature):
     """The trainer's log-probabilities of each next token, and the most probable ones."""
     model = nnx.merge(nnx.graphdef(abstract_transformer(CONFIG)), params)
     hidden = model(tokens, causal(*tokens.shape))
     table = model.unembedding()
     targets = jnp.roll(tokens, -1, 1)
-    logprobs, _ = token_logprobs(hidden / temperature, table, targets)
+    logprobs, _ = token_logprobs(
+        hidden,
+        table,
+        targets,
+        hardware=hardware("cpu"),
+        temperature=temperature,
+        softcap=CONFIG.logit_softcap,
+    )
     return logprobs, jnp.argmax(hidden @ table.T, -1)
 
 

@@ -306,6 +306,9 @@ def test_exports_that_cannot_be_right_end_in_one_sentence(tmp_path):
     plain = dataclasses.replace(QWEN3, qk_norm=False)
     with pytest.raises(ValueError, match="the tokenizer has 600 ids, the model only 520"):
         export_huggingface(params, QWEN3, Tokenizer.train(SOURCES, 600), tmp_path / "out")
+    softcapped = dataclasses.replace(QWEN3, logit_softcap=30.0)
+    with pytest.raises(ValueError, match=r"logit_softcap is 30\.0, which Llama and Qwen3 lack"):
+        export_huggingface(params, softcapped, TOKENIZER, tmp_path / "out")
     with pytest.raises(ValueError, match="dtype is 'int8'; choose float32, bfloat16 or float16"):
         export_huggingface(params, QWEN3, TOKENIZER, tmp_path / "out", dtype="int8")
     with pytest.raises(ValueError, match=r"not of this config: lm_head is missing"):

@@ -86,6 +86,7 @@ def test_train_flops_of_one_token_are_six_a_weight_and_attention_over_half_a_row
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"remat": "some"}, "remat is 'some'"),
         ({"norm_eps": 0.0}, "norm_eps above 0"),
+        ({"logit_softcap": 0.0}, r"logit_softcap is 0\.0; it must be above 0"),
     ],
 )
 def test_a_config_that_does_not_fit_together_is_refused(change, words):

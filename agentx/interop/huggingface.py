@@ -110,10 +110,16 @@ def export_huggingface(
     "bfloat16" or "float16". Tensors beyond `max_shard_bytes` go to further files, with an index.
     The layout is Llama's, or Qwen3's where `config.qk_norm` is set. The folder is written under
     another name and renamed when whole. Raises ValueError where it exists and is not empty, where
-    the tokenizer has more ids than the model, or where params do not fit config.
+    the tokenizer has more ids than the model, where config has a softcap, or where params do not
+    fit config.
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; choose float32, bfloat16 or float16")
+    if config.logit_softcap is not None:
+        raise ValueError(
+            f"logit_softcap is {config.logit_softcap}, which Llama and Qwen3 lack: nobody else can "
+            f"run this model"
+        )
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}: "

@@ -23,6 +23,7 @@ class ModelConfig:
     vocab_size V, d_model D, num_layers L, num_heads N, num_kv_heads K, head_dim H, d_ff F: sizes.
     qk_norm: RMS-normalise every head of the queries and keys before the rotation.
     tie_embeddings: the unembedding is the embedding.
+    logit_softcap: cap of the logits, cap * tanh(logits / cap), as in Gemma 2; None for none.
     rope_theta: the base of the rotation's wavelengths. norm_eps: added to the mean square.
     max_length: the most tokens a row may hold; what caches and data are checked against.
     init: how fresh parameters are drawn: "normal", or "copy" (see `layers.copying_output`), with
@@ -51,6 +52,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     max_length: int = 2048
     init: Init = "normal"
+    logit_softcap: float | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: Remat = "dots"
@@ -86,6 +88,10 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; choose float32, bfloat16 or float64"
                 )
+        if self.logit_softcap is not None and not self.logit_softcap > 0:
+            raise ValueError(
+                f"logit_softcap is {self.logit_softcap}; it must be above 0, or None for none"
+            )
         if self.init not in ("normal", "copy"):
             raise ValueError(f"init is {self.init!r}; choose normal or copy")
         if self.remat not in ("none", "dots", "full"):

@@ -30,6 +30,7 @@ from agentx.model.cache import KVCache, write
 from agentx.model.transformer import Transformer
 from agentx.sample.sampling import SamplingParams, row_uniforms, sample
 from agentx.sharding import spec, tree_shardings
+from agentx_kernels.logits import capped
 
 Array = Any
 
@@ -231,7 +232,8 @@ class Programs:
             step, cache, token_B, active_B, out = state
             hidden_B1D, cache = read(token_B[:, None], cache, active_B.astype(jnp.int32))
             with jax.named_scope("sample"):
-                logits_BV = jnp.dot(hidden_B1D[:, 0], table_DV, preferred_element_type=jnp.float32)
+                raw_BV = jnp.dot(hidden_B1D[:, 0], table_DV, preferred_element_type=jnp.float32)
+                logits_BV = capped(raw_BV, self._config.logit_softcap)
                 # The token to be drawn stands at the position after the one just read.
                 uniform_B = row_uniforms(seed, rows.request, cache.lengths)
                 drawn = sample(logits_BV, uniform_B, rows.sampling)

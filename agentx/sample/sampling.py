@@ -48,7 +48,8 @@ class Sampled(NamedTuple):
 
     token: i32.
     logprob: f32, log_softmax(logits / temperature) over the whole vocabulary: what the trainer
-      computes for the same token, whatever top_k and top_p were. Temperature 0 counts as 1 here.
+      computes for the same token (see agentx_kernels.logits), whatever top_k and top_p were.
+      Temperature 0 counts as 1 here.
     processed_logprob: f32, the log-probability of the draw itself: renormalised over the
       tokens that top_k and top_p kept; 0 where the temperature is 0.
     """
@@ -87,7 +88,9 @@ def row_uniforms(seed: Array | int, request_B: Array, position_B: Array) -> Arra
 
 
 def sample(logits_BV: Array, uniform_B: Array, params: SamplingParams) -> Sampled:
-    """Draws one token a row. logits: float[B, V]; uniform: f32[B] from `row_uniforms`."""
+    """Draws one token a row. logits: float[B, V], capped where the model caps them; uniform: f32[B]
+    from `row_uniforms`.
+    """
     batch, vocab = logits_BV.shape
     temperature_B, top_k_B, top_p_B = (jnp.broadcast_to(x, (batch,)) for x in params)
     greedy_B = temperature_B <= 0

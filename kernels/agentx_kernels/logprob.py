@@ -1,22 +1,58 @@
 """Vocabulary projection and log-probability in one, without an array of every token's logits.
 
-The logits of one chunk of tokens at a time are computed, reduced and dropped; the backward computes
-them again. So memory grows with the chunk times the vocabulary, not with the batch. The embedding
-may be sharded over the vocabulary and the batch over rows: every step is a plain product or
-reduction, which the partitioner splits.
+The logits of a block of tokens by a block of the vocabulary are computed, reduced and dropped; the
+backward computes them again. So memory does not grow with the vocabulary, but for the gradient of
+the embedding itself. There are two paths: Pallas kernels on TPU (tpu/logprob.py), and plain XLA
+(logprob_xla.py) for CPU, and for GPU until it has kernels of its own.
 
-Legend: B rows, S tokens a row, D model, V vocabulary, I chunks, C columns of one chunk.
+Over a mesh each device works on its tokens and its part of the vocabulary; then maxima, sums and
+the gradients of hidden go once over the devices of the vocabulary, the gradient of the embedding
+once over those of the tokens.
+
+Legend: B rows, S tokens a row, T = B S, D model, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
+
+from agentx_kernels import logprob_xla
+from agentx_kernels.hardware import Hardware
+from agentx_kernels.logits import LogitBlocks, Logits
 
 Array = jax.Array
+
+# How an array of `_on_devices` lies: over rows and tokens, or as the embedding.
+TOKENS, EMBEDDING = "tokens", "embedding"
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularySplit:
+    """The axes of a mesh over which the arrays lie.
+
+    rows, tokens: what B and S are split over. vocab: what V is. embed: what D of the embedding is,
+    which is gathered for the product; they must be among those of the rows.
+    """
+
+    rows: tuple[str, ...]
+    tokens: str
+    vocab: str
+    embed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not set(self.embed) <= set(self.rows):
+            raise ValueError(
+                f"the embedding is split over {self.embed}, which must be among the axes of the "
+                f"rows, {self.rows}"
+            )
 
 
 def token_logprobs(
@@ -24,26 +60,210 @@ def token_logprobs(
     embedding: Array,
     targets: Array,
     *,
+    hardware: Hardware,
     temperature: float = 1.0,
-    block_size: int = 512,
+    softcap: float | None = None,
+    split: VocabularySplit | None = None,
+    blocks: LogitBlocks | None = None,
+    interpret: Any = False,
 ) -> tuple[Array, Array]:
     """Log-probabilities of the targets and entropies, f32[B, S] each (f64 if hidden is f64).
 
     hidden: float[B, S, D]; embedding: float[V, D]; targets: integers [B, S], each in [0, V).
+    hardware: the device it will run on, from agentx_kernels.hardware.
     temperature: what logits are divided by, above 0.
-    block_size: how many tokens of the whole batch have their logits in memory at once. A chunk
-      takes at least one token of every row.
+    softcap: logits become softcap * tanh(logits / softcap), before the temperature divides them;
+      None for no cap.
+    split: how the arrays lie over the mesh that this is traced under; None for one device.
+    blocks: whose logits are in memory at once; chosen by hardware, D and type if None.
+    interpret: runs the TPU's kernels in Pallas' interpreter, for tests; as `pallas_call` takes it.
 
-    logprob = logits[target] - logsumexp(logits), with logits = hidden @ embedding.T / temperature,
-    accumulated in f32. It is differentiable in hidden and embedding. The entropy, in nats, is a
-    metric: no gradient passes through it (stop_gradient).
+    logprob = logits[target] - logsumexp(logits), with logits = hidden @ embedding.T capped and
+    divided, accumulated in f32. It is differentiable in hidden and embedding. The entropy, in nats,
+    is a metric: no gradient passes through it (stop_gradient).
 
-    Raises ValueError where the shapes do not fit together, the targets are no integers, or
-    temperature or block_size is not positive. A target outside [0, V) gives minus infinity.
+    Raises ValueError where the shapes do not fit together, the targets are no integers,
+    temperature, softcap or a block is not positive, and for what the path of this hardware lacks.
+    A target outside [0, V) gives minus infinity.
     """
+    _check(hidden, embedding, targets)
+    _check_numbers(hardware, temperature, softcap, blocks)
+    if hardware.platform == "tpu":
+        _tpu().check(hidden, blocks)
+    path = _Path(Logits(temperature, softcap), hardware, split, blocks, interpret)
+    logprob, entropy = _logprobs(hidden, embedding, targets.astype(jnp.int32), path)
+    return logprob, lax.stop_gradient(entropy)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Path:
+    logits: Logits
+    hardware: Hardware
+    split: VocabularySplit | None
+    blocks: LogitBlocks | None
+    interpret: Any
+
+    def forward(self, hidden: Array, embedding: Array, targets: Array) -> tuple[Array, ...]:
+        if self.hardware.platform == "tpu":
+            return _tpu().forward(hidden, embedding, targets, self._compiled())
+        blocks = self.blocks or logprob_xla.BLOCKS
+        return logprob_xla.forward(hidden, embedding, targets, self.logits, blocks)
+
+    def backward(self, hidden: Array, embedding: Array, *tokens: Array) -> tuple[Array, Array]:
+        """tokens: targets, maximum, 1 / sum and the cotangent of the log-probability."""
+        if self.hardware.platform == "tpu":
+            dtype = hidden.dtype if self.split is None else jnp.float32  # if still to be summed
+            return _tpu().backward(hidden, embedding, *tokens, self._compiled(), dtype)
+        blocks = self.blocks or logprob_xla.BLOCKS
+        return logprob_xla.backward(hidden, embedding, *tokens, logits=self.logits, blocks=blocks)
+
+    def _compiled(self) -> Any:
+        return _tpu().Compiled(self.logits, self.hardware, self.blocks, self.interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _logprobs(
+    hidden_BSD: Array, embedding_VD: Array, targets_BS: Array, path: _Path
+) -> tuple[Array, Array]:
+    return _forward(hidden_BSD, embedding_VD, targets_BS, path)[0]
+
+
+def _forward(
+    hidden_BSD: Array, embedding_VD: Array, targets_BS: Array, path: _Path
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    statistics = _on_devices(_statistics, path, (TOKENS,) * 4)
+    max_BS, sum_BS, weighted_BS, target_BS = statistics(hidden_BSD, embedding_VD, targets_BS)
+    log_sum_BS = jnp.log(sum_BS)
+    logprob_BS = target_BS - max_BS - log_sum_BS
+    entropy_BS = log_sum_BS - weighted_BS / sum_BS
+    return (logprob_BS, entropy_BS), (hidden_BSD, embedding_VD, targets_BS, max_BS, 1 / sum_BS)
+
+
+def _backward(
+    path: _Path, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, None]:
+    dlogprob_BS, _ = cotangents
+    gradients = _on_devices(_gradients, path, (TOKENS, EMBEDDING))
+    dhidden_BSD, dembedding_VD = gradients(*residuals, dlogprob_BS)
+    return dhidden_BSD, dembedding_VD, None
+
+
+_logprobs.defvjp(_forward, _backward)
+
+
+def _on_devices(
+    f: Callable[..., Any], path: _Path, outputs: tuple[str, ...]
+) -> Callable[..., tuple[Array, ...]]:
+    """f(path, hidden, embedding, ...), each device's part by itself; what f sums is whole."""
+    f = functools.partial(f, path)
+    if path.split is None:
+        return f
+    split = path.split
+    specs = {
+        TOKENS: PartitionSpec(split.rows, split.tokens),
+        EMBEDDING: PartitionSpec(split.vocab, split.embed),
+    }
+
+    def run(hidden: Array, embedding: Array, *tokens: Array) -> tuple[Array, ...]:
+        inputs = TOKENS, EMBEDDING, *[TOKENS] * len(tokens)
+        return jax.shard_map(
+            f,
+            in_specs=tuple(specs[name] for name in inputs),
+            out_specs=tuple(specs[name] for name in outputs),
+            check_vma=False,  # what each makes is its own, which JAX need not check
+        )(hidden, embedding, *tokens)
+
+    return run
+
+
+def _statistics(
+    path: _Path, hidden_BSD: Array, embedding_VD: Array, targets_BS: Array
+) -> tuple[Array, ...]:
+    """See `logprob_xla.forward`; of the whole vocabulary, [B, S] each."""
+    split, shape = path.split, targets_BS.shape
+    if split is not None:
+        embedding_VD = _gathered(embedding_VD, split)
+        targets_BS = targets_BS - _offset(embedding_VD, split)
+    hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+    statistics = path.forward(hidden_TD, embedding_VD, targets_BS.reshape(-1))
+    max_BS, sum_BS, weighted_BS, target_BS = (x.reshape(shape) for x in statistics)
+    if split is None:
+        return max_BS, sum_BS, weighted_BS, target_BS
+    whole_BS = lax.pmax(max_BS, split.vocab)
+    lower_BS = max_BS - whole_BS
+    kept_BS = jnp.exp(lower_BS)
+    return (
+        whole_BS,
+        lax.psum(kept_BS * sum_BS, split.vocab),
+        lax.psum(kept_BS * (weighted_BS + lower_BS * sum_BS), split.vocab),
+        lax.pmax(target_BS, split.vocab),
+    )
+
+
+def _gradients(
+    path: _Path, hidden_BSD: Array, embedding_VD: Array, targets_BS: Array, *tokens_BS: Array
+) -> tuple[Array, Array]:
+    """Of hidden and embedding, in their types. tokens: as for `_Path.backward`."""
+    split, dtype = path.split, hidden_BSD.dtype
+    if split is not None:
+        embedding_VD = _gathered(embedding_VD, split)
+        targets_BS = targets_BS - _offset(embedding_VD, split)
+    hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+    flat_T = (x.reshape(-1) for x in (targets_BS, *tokens_BS))
+    dhidden_TD, dembedding_VD = path.backward(hidden_TD, embedding_VD, *flat_T)
+    if split is not None:
+        dhidden_TD = lax.psum(dhidden_TD, split.vocab)
+        others = [axis for axis in (*split.rows, split.tokens) if axis not in split.embed]
+        for axis in split.embed:
+            dembedding_VD = lax.psum_scatter(dembedding_VD, axis, scatter_dimension=1, tiled=True)
+        dembedding_VD = lax.psum(dembedding_VD, others)
+    return dhidden_TD.astype(dtype).reshape(hidden_BSD.shape), dembedding_VD.astype(dtype)
+
+
+def _gathered(embedding_VD: Array, split: VocabularySplit) -> Array:
+    """The device's part of the vocabulary, of the whole D."""
+    for axis in reversed(split.embed):
+        embedding_VD = lax.all_gather(embedding_VD, axis, axis=1, tiled=True)
+    return embedding_VD
+
+
+def _offset(embedding_VD: Array, split: VocabularySplit) -> Array:
+    """The first column of the device's part of the vocabulary."""
+    return lax.axis_index(split.vocab) * embedding_VD.shape[0]
+
+
+def _tpu() -> Any:
+    """The path with Pallas, which takes a second to import where nobody needs it."""
+    from agentx_kernels.tpu import logprob as tpu
+
+    return tpu
+
+
+def _check_numbers(
+    hardware: Hardware, temperature: float, softcap: float | None, blocks: LogitBlocks | None
+) -> None:
+    if not isinstance(hardware, Hardware):
+        raise ValueError(
+            f"hardware is {hardware!r}; give a Hardware, such as agentx_kernels.hardware's "
+            f"hardware('cpu')"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it must be above 0, or None for none")
+    if blocks is not None and min(blocks.tokens, blocks.columns) < 1:
+        raise ValueError(f"the blocks are {blocks}; each must be 1 or more")
+
+
+def _check(hidden: Array, embedding: Array, targets: Array) -> None:
     if hidden.ndim != 3 or embedding.ndim != 2 or hidden.shape[2] != embedding.shape[1]:
         raise ValueError(
             f"hidden must be [B, S, D] and embedding [V, D], not {hidden.shape} and "
+            f"{embedding.shape}"
+        )
+    if 0 in hidden.shape + embedding.shape:
+        raise ValueError(
+            f"no dim of hidden and embedding may be 0, but they are {hidden.shape} and "
             f"{embedding.shape}"
         )
     if targets.shape != hidden.shape[:2] or not jnp.issubdtype(targets.dtype, jnp.integer):
@@ -56,108 +276,3 @@ def token_logprobs(
             f"hidden and embedding must share one floating-point type, not {hidden.dtype} and "
             f"{embedding.dtype}: cast one of them"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be above 0")
-    if block_size < 1:
-        raise ValueError(f"block_size is {block_size}; it must be 1 or more")
-    logprob_BS, entropy_BS = _logprobs(hidden, embedding, targets, temperature, block_size)
-    return logprob_BS, lax.stop_gradient(entropy_BS)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _logprobs(
-    hidden_BSD: Array, embedding_VD: Array, targets_BS: Array, temperature: float, block_size: int
-) -> tuple[Array, Array]:
-    return _forward(hidden_BSD, embedding_VD, targets_BS, temperature, block_size)[0]
-
-
-def _forward(
-    hidden_BSD: Array, embedding_VD: Array, targets_BS: Array, temperature: float, block_size: int
-) -> tuple[tuple[Array, Array], tuple]:
-    def one_chunk(_, chunk):
-        hidden_BCD, targets_BC = chunk
-        logits_BCV = _logits(hidden_BCD, embedding_VD, temperature)
-        max_BC = logits_BCV.max(-1)
-        shifted_BCV = logits_BCV - max_BC[..., None]
-        p_BCV = jnp.exp(shifted_BCV)
-        sum_BC = p_BCV.sum(-1)
-        log_sum_BC = jnp.log(sum_BC)
-        target_BC = _at_target(shifted_BCV, targets_BC)
-        entropy_BC = log_sum_BC - (p_BCV * shifted_BCV).sum(-1) / sum_BC
-        return None, (target_BC - log_sum_BC, entropy_BC, max_BC + log_sum_BC)
-
-    chunks = tuple(_cut(x, block_size) for x in (hidden_BSD, targets_BS))
-    _, outputs = lax.scan(one_chunk, None, chunks)
-    length = hidden_BSD.shape[1]
-    logprob_BS, entropy_BS, lse_BS = (_join(x, length) for x in outputs)
-    residuals = (hidden_BSD, embedding_VD, targets_BS, lse_BS)
-    return (logprob_BS, entropy_BS), residuals
-
-
-def _backward(
-    temperature: float, block_size: int, residuals: tuple, cotangents: tuple[Array, Array]
-) -> tuple[Array, Array, None]:
-    hidden_BSD, embedding_VD, targets_BS, lse_BS = residuals
-    dlogprob_BS, _ = cotangents
-    dtype = hidden_BSD.dtype
-
-    # The embedding's gradient is kept as [D, V] within the loop: as [V, D] the matrix product has
-    # its large operand transposed, which takes half as long again on CPU.
-    def one_chunk(dembedding_DV, chunk):
-        hidden_BCD, targets_BC, lse_BC, dlogprob_BC = chunk
-        logits_BCV = _logits(hidden_BCD, embedding_VD, temperature)
-        p_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
-        onehot_BCV = _is_target(targets_BC, p_BCV.shape[-1])
-        scaled_BC1 = (dlogprob_BC / temperature)[..., None]
-        dlogits_BCV = (scaled_BC1 * (onehot_BCV - p_BCV)).astype(dtype)
-        dhidden_BCD = _einsum("bcv,vd->bcd", dlogits_BCV, embedding_VD)
-        dembedding_DV += _einsum("bcd,bcv->dv", hidden_BCD, dlogits_BCV)
-        return dembedding_DV, dhidden_BCD.astype(dtype)
-
-    chunks = tuple(_cut(x, block_size) for x in (hidden_BSD, targets_BS, lse_BS, dlogprob_BS))
-    zeros_DV = jnp.zeros(embedding_VD.shape[::-1], lse_BS.dtype)
-    dembedding_DV, dhidden_IBCD = lax.scan(one_chunk, zeros_DV, chunks)
-    dhidden_BSD = _join(dhidden_IBCD, hidden_BSD.shape[1])
-    return dhidden_BSD, dembedding_DV.T.astype(embedding_VD.dtype), None
-
-
-_logprobs.defvjp(_forward, _backward)
-
-
-def _logits(hidden_BCD: Array, embedding_VD: Array, temperature: float) -> Array:
-    return _einsum("bcd,vd->bcv", hidden_BCD, embedding_VD) / temperature
-
-
-def _is_target(targets_BC: Array, vocab_size: int) -> Array:
-    return targets_BC[..., None] == jnp.arange(vocab_size, dtype=targets_BC.dtype)
-
-
-def _at_target(x_BCV: Array, targets_BC: Array) -> Array:
-    """x[b, c, targets[b, c]] as a reduction, which splits over a sharded vocabulary."""
-    return jnp.max(x_BCV, -1, where=_is_target(targets_BC, x_BCV.shape[-1]), initial=-jnp.inf)
-
-
-def _cut(x_BS: Array, block_size: int) -> Array:
-    """[B, S, ...] -> [I, B, C, ...]; the last chunk is filled up with zeros.
-
-    A chunk takes every I-th token, not neighbours: so a row that is sharded over the devices stays
-    so within each chunk, and all of them work at every step of the scan.
-    """
-    batch, length = x_BS.shape[:2]
-    columns = min(length, max(1, block_size // batch))
-    num_chunks = -(-length // columns)
-    columns = -(-length // num_chunks)
-    filled = ((0, 0), (0, columns * num_chunks - length), *((0, 0),) * (x_BS.ndim - 2))
-    x_BCI = jnp.pad(x_BS, filled).reshape(batch, columns, num_chunks, *x_BS.shape[2:])
-    return jnp.moveaxis(x_BCI, 2, 0)
-
-
-def _join(x_IBC: Array, length: int) -> Array:
-    """What `_cut` cut, without its filling."""
-    x_BCI = jnp.moveaxis(x_IBC, 0, 2)
-    return x_BCI.reshape(x_BCI.shape[0], -1, *x_BCI.shape[3:])[:, :length]
-
-
-def _einsum(subscripts: str, x: Array, y: Array) -> Array:
-    acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum(subscripts, x, y, preferred_element_type=acc_dtype)

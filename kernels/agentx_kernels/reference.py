@@ -1,7 +1,7 @@
 """Plain oracles: what each function of the library computes, written to be read.
 
 The signatures are those of attention.py, decode.py and logprob.py without the arguments that say
-how (hardware, block_size). Dense arrays of S x S and B x S x V: for tests and for reading. Under
+how (hardware, blocks). Dense arrays of S x S and B x S x V: for tests and for reading. Under
 jax.enable_x64 with f64 inputs all of it is f64.
 
 Legend: B rows, S tokens, T new tokens, C columns seen, N heads, K KV heads, H head size, D model,
@@ -67,11 +67,17 @@ def decode_attention(
 
 
 def token_logprobs(
-    hidden: Array, embedding: Array, targets: Array, *, temperature: float = 1.0
+    hidden: Array,
+    embedding: Array,
+    targets: Array,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Array, Array]:
     """See agentx_kernels.logprob."""
-    logits_BSV = jnp.einsum("bsd,vd->bsv", hidden, embedding, precision="highest") / temperature
-    logprobs_BSV = jax.nn.log_softmax(logits_BSV)
+    raw_BSV = jnp.einsum("bsd,vd->bsv", hidden, embedding, precision="highest")
+    capped_BSV = raw_BSV if softcap is None else softcap * jnp.tanh(raw_BSV / softcap)
+    logprobs_BSV = jax.nn.log_softmax(capped_BSV / temperature)
     entropy_BS = -jnp.sum(jnp.exp(logprobs_BSV) * logprobs_BSV, axis=-1)
     chosen_BS = jnp.take_along_axis(logprobs_BSV, targets[..., None], axis=-1)[..., 0]
     return chosen_BS, jax.lax.stop_gradient(entropy_BS)

@@ -22,6 +22,7 @@ from agentx_kernels.attention import attention
 from agentx_kernels.decode import decode_attention
 from agentx_kernels.hardware import hardware
 from agentx_kernels.layout import causal, packed
+from agentx_kernels.logits import LogitBlocks
 from agentx_kernels.logprob import token_logprobs
 
 # Batch, length, heads, KV heads, head size, model size, vocabulary.
@@ -88,7 +89,12 @@ def main() -> None:
 
         hidden, embedding = normal(batch, length, model), normal(vocab, model) * model**-0.5
         targets = jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32)
-        functions = {"chunked": token_logprobs, "plain": reference.token_logprobs}
+        blockwise = functools.partial(token_logprobs, hardware=hardware("cpu"))
+        functions = {
+            "blockwise": blockwise,
+            "whole vocabulary": functools.partial(blockwise, blocks=LogitBlocks(512, vocab)),
+            "plain": reference.token_logprobs,
+        }
         forward = {key: jax.jit(f) for key, f in functions.items()}
         shape_logits = (batch, length, model, vocab)
         report("token_logprobs forward", shape_logits, forward, (hidden, embedding, targets))

@@ -1,3 +1,5 @@
+"""Log-probabilities on every path against the float64 oracle, on one device and on eight."""
+
 import functools
 import math
 
@@ -5,46 +7,66 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from agentx_kernels import reference
-from agentx_kernels.logprob import token_logprobs
+from agentx_kernels.hardware import hardware
+from agentx_kernels.logits import LogitBlocks
+from agentx_kernels.logprob import VocabularySplit, token_logprobs
 
-BATCH, LENGTH, MODEL, VOCAB = 4, 21, 8, 48
+SPLIT = VocabularySplit(("data",), "context", "tensor", embed=("data",))
+
+# How each path is run here: with several blocks of tokens and columns, and tails of both.
+PATHS = {
+    "xla": {"hardware": hardware("cpu"), "blocks": LogitBlocks(24, 20)},
+    "tpu": {
+        "hardware": hardware("v5p"),
+        "blocks": LogitBlocks(128, 128),
+        "interpret": True,
+    },
+}
+# Rows, tokens a row, D and V.
+SHAPES = {"xla": (4, 21, 8, 48), "tpu": (2, 100, 64, 300)}
+ON_CPU = {"hardware": hardware("cpu")}
 
 
-def inputs(seed=0):
+def inputs(shape, dtype=np.float32, seed=0):
     """hidden, embedding, targets and the log-probabilities' cotangent."""
+    batch, length, size, vocab = shape
     rng = np.random.default_rng(seed)
+    hidden = rng.standard_normal((batch, length, size), dtype=np.float32)
+    embedding = rng.standard_normal((vocab, size), dtype=np.float32) * math.sqrt(8 / size)
     return (
-        rng.standard_normal((BATCH, LENGTH, MODEL), dtype=np.float32),
-        rng.standard_normal((VOCAB, MODEL), dtype=np.float32),
-        rng.integers(0, VOCAB, (BATCH, LENGTH), np.int32),
-        rng.standard_normal((BATCH, LENGTH), dtype=np.float32),
+        jnp.asarray(hidden, dtype),
+        jnp.asarray(embedding, dtype),
+        rng.integers(0, vocab, (batch, length), np.int32),
+        rng.standard_normal((batch, length), dtype=np.float32),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("function", "temperature", "block_size"))
-def with_gradients(hidden, embedding, targets, cotangent, function=token_logprobs, **options):
-    """logprob, entropy, and the gradients of hidden and embedding."""
-
+@functools.partial(jax.jit, static_argnames=("function", "given"))
+def _with_gradients(hidden, embedding, targets, cotangent, function, given):
     def run(hidden, embedding):
-        return function(hidden, embedding, targets, **options)
+        return function(hidden, embedding, targets, **dict(given))
 
     (logprob, entropy), vjp = jax.vjp(run, hidden, embedding)
     return logprob, entropy, *vjp((cotangent, jnp.zeros_like(entropy)))
 
 
-def oracle(hidden, embedding, targets, cotangent, **options):
+def with_gradients(*arrays, function=token_logprobs, **given):
+    """logprob, entropy, and the gradients of hidden and embedding."""
+    return _with_gradients(*arrays, function, tuple(given.items()))
+
+
+def oracle(hidden, embedding, targets, cotangent, **given):
     """The float64 answer."""
     with jax.enable_x64(True):
-        arrays = (np.asarray(x, np.float64) for x in (hidden, embedding))
+        arrays = [np.asarray(x, np.float64) for x in (hidden, embedding)]
+        cotangent = np.asarray(cotangent, np.float64)
         answer = with_gradients(
-            *arrays,
-            targets,
-            np.asarray(cotangent, np.float64),
-            function=reference.token_logprobs,
-            **options,
+            *arrays, targets, cotangent, function=reference.token_logprobs, **given
         )
         return [np.asarray(x) for x in answer]
 
@@ -58,106 +80,209 @@ def assert_close(got, want, tolerance=2e-6):
         )
 
 
-@pytest.mark.parametrize("block_size", [1, 12, 28, 4096])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_values_and_gradients_match_the_float64_oracle(block_size, temperature):
-    got = with_gradients(*inputs(), temperature=temperature, block_size=block_size)
-    assert_close(got, oracle(*inputs(), temperature=temperature))
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_values_and_gradients_match_the_float64_oracle(path, temperature, softcap):
+    arrays = inputs(SHAPES[path])
+    given_ = {"temperature": temperature, "softcap": softcap}
+    assert_close(with_gradients(*arrays, **PATHS[path], **given_), oracle(*arrays, **given_))
 
 
-def test_equal_logits_give_every_target_the_same_share():
-    hidden, embedding = jnp.zeros((1, 3, 2)), jnp.ones((5, 2))
-    logprob, entropy = token_logprobs(hidden, embedding, jnp.array([[0, 2, 4]]), block_size=2)
-    np.testing.assert_allclose(logprob, np.full((1, 3), -math.log(5)), rtol=1e-6)
-    np.testing.assert_allclose(entropy, np.full((1, 3), math.log(5)), rtol=1e-6)
+@pytest.mark.parametrize(
+    ("path", "blocks"),
+    [("xla", (1, 1)), ("xla", (24, 24)), ("xla", (4096, 4096)), ("tpu", (256, 384)), ("tpu", None)],
+)
+def test_no_block_changes_the_answer(path, blocks):
+    arrays = inputs(SHAPES[path])
+    chosen = PATHS[path] | {"blocks": blocks and LogitBlocks(*blocks)}
+    assert_close(with_gradients(*arrays, **chosen), oracle(*arrays))
 
 
-def test_large_logits_neither_overflow_nor_vanish():
-    hidden = jnp.full((1, 1, 1), 1000.0)
-    embedding = jnp.array([[1.0], [0.0], [-1.0]])
-    for target, want in ((0, 0.0), (1, -1000.0), (2, -2000.0)):
-        logprob, entropy = token_logprobs(hidden, embedding, jnp.array([[target]]))
-        np.testing.assert_allclose(logprob, [[want]])
-        np.testing.assert_allclose(entropy, [[0.0]])
-
-
-def test_no_gradient_passes_through_the_entropy():
-    hidden, embedding, targets, _ = inputs()
-    gradients = jax.grad(
-        lambda h, e: token_logprobs(h, e, targets, block_size=28)[1].sum(), argnums=(0, 1)
-    )(hidden, embedding)
-    for x in gradients:
-        np.testing.assert_array_equal(x, np.zeros_like(x))
-
-
-def test_a_target_outside_the_vocabulary_has_no_probability():
-    hidden, embedding, targets, _ = inputs()
-    targets[0, 0] = VOCAB
-    logprob, _ = token_logprobs(hidden, embedding, targets)
-    assert logprob[0, 0] == -jnp.inf
-    assert np.isfinite(logprob[0, 1:]).all()
-
-
-def test_bfloat16_inputs_give_float32_log_probabilities():
-    hidden, embedding, targets, cotangent = inputs()
-    hidden, embedding = (jnp.asarray(x, jnp.bfloat16) for x in (hidden, embedding))
-    got = with_gradients(hidden, embedding, targets, cotangent, block_size=28)
+@pytest.mark.parametrize("path", PATHS)
+def test_bfloat16_inputs_give_float32_log_probabilities(path):
+    hidden, embedding, targets, cotangent = inputs(SHAPES[path], jnp.bfloat16)
+    got = with_gradients(hidden, embedding, targets, cotangent, **PATHS[path], softcap=5.0)
     assert [x.dtype for x in got] == [jnp.float32, jnp.float32, jnp.bfloat16, jnp.bfloat16]
-    want = oracle(hidden, embedding, targets, cotangent)
+    want = oracle(hidden, embedding, targets, cotangent, softcap=5.0)
     # The inputs are exact in f64 too, so the values are as good as f32's; gradients are rounded.
     assert_close(got[:2] + tuple(want[2:]), want)
     assert_close(got, want, tolerance=1e-2)
 
 
-def test_a_sharded_batch_and_vocabulary_give_the_same_and_are_never_gathered():
-    axes = ("data", "context", "tensor")
-    mesh = jax.make_mesh((2, 2, 2), axes, axis_types=(AxisType.Auto,) * 3)
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_any_numbers_of_tokens_and_columns_match_the_oracle(path, data):
+    lengths, vocabs = {
+        "xla": (st.integers(1, 30), st.integers(1, 50)),
+        "tpu": (st.sampled_from([1, 127, 129]), st.sampled_from([1, 127, 128, 129, 257])),
+    }[path]
+    shape = 1, data.draw(lengths, "tokens"), 8, data.draw(vocabs, "vocabulary")
+    arrays = inputs(shape, seed=data.draw(st.integers(0, 99), "seed"))
+    assert_close(with_gradients(*arrays, **PATHS[path]), oracle(*arrays))
 
+
+@pytest.mark.parametrize("path", PATHS)
+def test_targets_on_both_sides_of_every_border_are_found(path):
+    batch, length, _, vocab = shape = SHAPES[path]
+    width = PATHS[path]["blocks"].columns
+    borders = {x for x in range(0, vocab, width) for x in (x - 1, x) if x >= 0}
+    borders |= {vocab - 1, vocab - vocab % width, max(0, vocab - width)}
+    hidden, embedding, _, cotangent = inputs(shape)
+    targets = np.resize(np.array(sorted(borders), np.int32), (batch, length))
+    arrays = hidden, embedding, targets, cotangent
+    assert_close(with_gradients(*arrays, **PATHS[path]), oracle(*arrays))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_equal_logits_give_every_target_the_same_share(path):
+    hidden, embedding = jnp.zeros((1, 3, 2)), jnp.ones((500, 2))
+    logprob, entropy = token_logprobs(hidden, embedding, jnp.array([[0, 2, 499]]), **PATHS[path])
+    np.testing.assert_allclose(logprob, np.full((1, 3), -math.log(500)), rtol=1e-6)
+    np.testing.assert_allclose(entropy, np.full((1, 3), math.log(500)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_large_logits_neither_overflow_nor_vanish(path):
+    """Of 200 columns the highest logit comes last, and two of them share it in the second row."""
+    hidden = jnp.array([[[1e4], [-1e4]]])
+    embedding = jnp.linspace(-1, 1, 201)[:, None].at[1].set(-1.0)
+    targets = np.array([[200, 0]], np.int32)
+    arrays = hidden, embedding, targets, np.array([[1.0, 1.0]], np.float32)
+    got = with_gradients(*arrays, **PATHS[path])
+    np.testing.assert_allclose(got[0], [[0.0, -math.log(2)]], atol=1e-6)
+    np.testing.assert_allclose(got[1], [[0.0, math.log(2)]], atol=1e-6)
+    assert_close(got, oracle(*arrays))
+    for target, want in ((100, -1e4), (0, -2e4)):
+        logprob, _ = token_logprobs(hidden, embedding, jnp.full((1, 2), target), **PATHS[path])
+        np.testing.assert_allclose(logprob[0, 0], want)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_gradient_passes_through_the_entropy(path):
+    hidden, embedding, targets, _ = inputs(SHAPES[path])
+    gradients = jax.grad(
+        lambda h, e: token_logprobs(h, e, targets, **PATHS[path])[1].sum(), argnums=(0, 1)
+    )(hidden, embedding)
+    for x in gradients:
+        np.testing.assert_array_equal(x, np.zeros_like(x))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_target_outside_the_vocabulary_has_no_probability(path):
+    hidden, embedding, targets, _ = inputs(SHAPES[path])
+    targets[0, :2] = len(embedding), -1
+    logprob, _ = token_logprobs(hidden, embedding, targets, **PATHS[path])
+    assert (logprob[0, :2] == -jnp.inf).all()
+    assert np.isfinite(logprob[0, 2:]).all()
+
+
+def placed(mesh, hidden, embedding, targets, cotangent):
     def place(x, *axes):
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
-    hidden, embedding, targets, cotangent = inputs()
-    hidden, targets, cotangent = (x[:, :20] for x in (hidden, targets, cotangent))
-    sharded = (
+    return (
         place(hidden, "data", "context"),
-        place(embedding, "tensor"),
+        place(embedding, "tensor", "data"),
         place(targets, "data", "context"),
         place(cotangent, "data", "context"),
     )
-    compiled = with_gradients.lower(*sharded, block_size=16).compile()
-    assert "all-gather" not in compiled.as_text()
-    assert_close(
-        with_gradients(*sharded, block_size=16),
-        oracle(hidden, embedding, targets, cotangent),
+
+
+def mesh_of(*sizes):
+    names = ("data", "context", "tensor")
+    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("path", "sizes"),
+    [("xla", (2, 2, 2)), ("xla", (1, 1, 8)), ("xla", (4, 2, 1)), ("tpu", (2, 2, 2))],
+)
+def test_eight_devices_give_what_one_gives(path, sizes):
+    mesh = mesh_of(*sizes)
+    batch, length, size, vocab = {"xla": (4, 20, 8, 48), "tpu": (2, 60, 64, 304)}[path]
+    arrays = inputs((batch, length, size, vocab))
+    # Of the first device of the vocabulary, of the last, and on the border between two.
+    arrays[2][0, :4] = 0, vocab - 1, vocab // 2 - 1, vocab // 2
+    given_ = {"softcap": 3.0, "temperature": 0.7}
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        got = with_gradients(*placed(mesh, *arrays), **PATHS[path], **given_, split=SPLIT)
+    assert_close(got, oracle(*arrays, **given_))
+    assert got[3].sharding.is_equivalent_to(
+        NamedSharding(mesh, PartitionSpec("tensor", "data")), ndim=2
     )
 
 
-def test_the_logits_of_a_whole_batch_never_exist():
-    batch, length, vocab = 4, 2048, 4096
-    shapes = (
-        jax.ShapeDtypeStruct((batch, length, 16), jnp.float32),
-        jax.ShapeDtypeStruct((vocab, 16), jnp.float32),
-        jax.ShapeDtypeStruct((batch, length), jnp.int32),
-        jax.ShapeDtypeStruct((batch, length), jnp.float32),
-    )
-    compiled = with_gradients.lower(*shapes, block_size=64).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < batch * length * vocab * 4 / 16
+def test_over_a_mesh_only_the_embedding_is_gathered_and_gradients_go_over_it_once():
+    mesh = mesh_of(2, 2, 2)
+    arrays = placed(mesh, *inputs((4, 2048, 16, 4096)))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = _with_gradients.lower(
+            *arrays, token_logprobs, (*PATHS["xla"].items(), ("split", SPLIT))
+        ).compile()
+    text = compiled.as_text()
+    gathered = [line for line in text.splitlines() if " all-gather(" in line]
+    assert gathered
+    assert all("f32[2048,16]" in line.split(" = ")[1] for line in gathered)
+    assert " while(" in text
+    bodies = text.split("ENTRY")[0]
+    assert not any(f" {name}(" in bodies for name in ("all-reduce", "reduce-scatter"))
+
+
+def test_memory_does_not_grow_with_the_vocabulary_but_for_the_embedding_and_its_gradient():
+    def temporary(vocab):
+        shapes = (
+            jax.ShapeDtypeStruct((4, 2048, 16), jnp.float32),
+            jax.ShapeDtypeStruct((vocab, 16), jnp.float32),
+            jax.ShapeDtypeStruct((4, 2048), jnp.int32),
+            jax.ShapeDtypeStruct((4, 2048), jnp.float32),
+        )
+        given_ = (*ON_CPU.items(), ("blocks", LogitBlocks(64, 512)))
+        compiled = _with_gradients.lower(*shapes, token_logprobs, given_).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = 4096, 65536
+    of_embedding = (large - small) * 16 * 4
+    assert temporary(large) - temporary(small) <= 2 * of_embedding
+    assert temporary(small) < 4 * 2048 * small * 4 / 16
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"hidden": jnp.zeros((LENGTH, MODEL))}, r"hidden must be \[B, S, D\]"),
-        ({"embedding": jnp.zeros((MODEL, VOCAB))}, r"embedding \[V, D\]"),
-        ({"targets": jnp.zeros((BATCH, LENGTH - 1), int)}, r"targets must be integers \(4, 21\)"),
-        ({"targets": jnp.zeros((BATCH, LENGTH))}, "targets must be integers"),
-        ({"embedding": jnp.zeros((VOCAB, MODEL), jnp.bfloat16)}, "one floating-point type.*cast"),
+        ({"hidden": jnp.zeros((21, 8))}, r"hidden must be \[B, S, D\]"),
+        ({"embedding": jnp.zeros((8, 48))}, r"embedding \[V, D\]"),
+        ({"embedding": jnp.zeros((0, 8))}, "no dim of hidden and embedding may be 0"),
+        ({"targets": jnp.zeros((4, 20), int)}, r"targets must be integers \(4, 21\)"),
+        ({"targets": jnp.zeros((4, 21))}, "targets must be integers"),
+        ({"embedding": jnp.zeros((48, 8), jnp.bfloat16)}, "one floating-point type.*cast"),
+        ({"hardware": "cpu"}, "hardware is 'cpu'; give a Hardware"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
-        ({"block_size": 0}, "block_size is 0; it must be 1 or more"),
+        ({"softcap": 0.0}, "softcap is 0.0; it must be above 0, or None for none"),
+        ({"blocks": LogitBlocks(0, 8)}, "each must be 1 or more"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_in_one_sentence(change, sentence):
-    hidden, embedding, targets, _ = inputs()
-    arguments = {"hidden": hidden, "embedding": embedding, "targets": targets}
+    hidden, embedding, targets, _ = inputs(SHAPES["xla"])
+    arguments = {"hidden": hidden, "embedding": embedding, "targets": targets, **ON_CPU}
     with pytest.raises(ValueError, match=sentence):
         token_logprobs(**(arguments | change))
+
+
+def test_what_the_kernels_for_tpu_lack_is_refused_in_one_sentence():
+    hidden, embedding, targets, _ = inputs(SHAPES["xla"])
+    chip = {"hardware": hardware("v5p"), "interpret": True}
+    with pytest.raises(ValueError, match="blocks that 128 divides"):
+        token_logprobs(hidden, embedding, targets, **chip, blocks=LogitBlocks(128, 100))
+    half = hidden.astype(jnp.float16), embedding.astype(jnp.float16)
+    with pytest.raises(ValueError, match="takes float32 and bfloat16, not float16: cast"):
+        token_logprobs(*half, targets, **chip)
+    wide = jnp.zeros((1, 1, 1 << 17)), jnp.zeros((8, 1 << 17)), jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(ValueError, match=r"no block fits into .* bytes of VMEM: use a smaller D"):
+        token_logprobs(*wide, **chip)
+
+
+def test_an_embedding_split_over_other_axes_than_the_rows_is_refused():
+    with pytest.raises(ValueError, match="must be among the axes of the rows"):
+        VocabularySplit(("data",), "context", "tensor", embed=("expert",))
