@@ -2,12 +2,12 @@
 
     export PYTHONPATH=kernels
     python kernels/bench/schedule.py ours splash --chip v5p --head-size 128    one case, as JSON
-    python kernels/bench/schedule.py ours splash --write     all cases, into schedule.json
-    python kernels/bench/schedule.py --table                 schedule.json as Markdown
+    python kernels/bench/schedule.py ours splash plan --write    all cases, into schedule.json
+    python kernels/bench/schedule.py --table                     schedule.json as Markdown
 
 `ours` are the kernels here. `splash` is tokamax's splash attention, in an environment of its own
-that is made under ~/.cache/agentx at the first call; it is tried with two sizes of what it works on
-at once, and its figures are the better ones by `full`. What is not named stays in schedule.json as
+that is made under ~/.cache/agentx at the first call; it is tried with three sizes of what it works
+on at once, and its figures are the best ones by `full`. What is not named stays in schedule.json as
 it was. All cases take some ten minutes. No TPU is needed, but libtpu (agentx_kernels.ahead says how
 it is found).
 
@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -51,12 +52,12 @@ from agentx_kernels.hardware import hardware
 
 HERE = Path(__file__).parent
 FIGURES = HERE / "schedule.json"
-CHIPS = tuple(ahead.SMALLEST)
+CHIPS = ("v5p", "v6e", "tpu7x", "v5e")
 HEAD_SIZES = (128, 256)
 PASSES = ("forward", "backward")
 PEER = "tokamax==0.0.12"
 # The parts of a block that splash is tried with; the figures are those of its best.
-_PEER_PARTS = (512, 1024)
+_PEER_PARTS = (256, 512, 1024)
 _PLAN_LENGTH, _PLAN_HEADS, _PLAN_HEAD_SIZE = 32768, 32, 128
 # The columns of the compiler's table of what each bundle issues.
 _UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
@@ -303,24 +304,33 @@ MEASURE = {"ours": measure, "splash": measure_peer}
 
 
 def write(names: list[str]) -> None:
-    """All cases of what is named, into schedule.json, and the plan beside our kernels."""
-    cases = [x for x in read()["cases"] if x["whose"] not in names] if FIGURES.exists() else []
-    for whose in names:
-        for chip in CHIPS:
-            for head_size in HEAD_SIZES:
-                measured = MEASURE[whose](chip, head_size)
-                for name in PASSES:
-                    case = {"whose": whose, "chip": chip, "head_size": head_size, "pass": name}
-                    cases.append(case | measured[name])
-                    print(json.dumps(cases[-1]), flush=True)
+    """All cases of what is named into schedule.json, each as soon as it is there."""
+    kernels = [name for name in names if name in MEASURE]
+    for whose, head_size, chip in itertools.product(kernels, HEAD_SIZES, CHIPS):
+        measured = MEASURE[whose](chip, head_size)
+        keys = [
+            {"whose": whose, "chip": chip, "head_size": head_size, "pass": name} for name in PASSES
+        ]
+        cases = [x for x in read()["cases"] if not any(key.items() <= x.items() for key in keys)]
+        cases += [key | measured[key["pass"]] for key in keys]
+        _save({"cases": sorted(cases, key=_place)})
+        print(json.dumps(cases[-2:]), flush=True)
+    if "plan" in names:
+        _save({"plan": measure_plan(read()["cases"])})
+
+
+def _place(case: Figures) -> tuple[Any, ...]:
+    return case["whose"], CHIPS.index(case["chip"]), case["head_size"], PASSES.index(case["pass"])
+
+
+def _save(changed: Figures) -> None:
     versions = {"jax": jax.__version__, "libtpu": ahead.LIBTPU, "tokamax": PEER.split("==")[1]}
-    figures = {"versions": versions, "cases": cases, "plan": measure_plan(cases)}
-    FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+    FIGURES.write_text(json.dumps(read() | {"versions": versions} | changed, indent=1) + "\n")
 
 
 def read() -> Figures:
     """schedule.json."""
-    return json.loads(FIGURES.read_text())
+    return json.loads(FIGURES.read_text()) if FIGURES.exists() else {"cases": [], "plan": []}
 
 
 def table() -> str:
@@ -336,10 +346,11 @@ def table() -> str:
         for head_size in HEAD_SIZES:
             for name in PASSES:
                 ours = by_case["ours", chip, head_size, name]
-                splash = by_case["splash", chip, head_size, name]
+                splash = by_case.get(("splash", chip, head_size, name))
                 columns = [chip, head_size, name]
-                columns += [each[what] for each in (ours, splash) for what in _BUNDLES]
-                columns += [f"{ours['full'] / splash['full']:.2f}"]
+                columns += [ours[what] for what in _BUNDLES]
+                columns += [splash[what] if splash else "-" for what in _BUNDLES]
+                columns += [f"{ours['full'] / splash['full']:.3f}" if splash else "-"]
                 columns += [f"{ours['fills']}, {ours['spills']}"]
                 columns += [", ".join(f"{100 * x:.0f}" for x in ours["units"].values())]
                 lines.append(f"| {' | '.join(map(str, columns))} |")
@@ -360,19 +371,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", choices=[[], *MEASURE], metavar="ours | splash")
+    parser.add_argument("names", nargs="*", choices=[[], *MEASURE, "plan"])
     parser.add_argument("--chip", choices=CHIPS, default="v5p")
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--write", action="store_true", help="all cases, into schedule.json")
     parser.add_argument("--table", action="store_true", help="print schedule.json as Markdown")
     given = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     if given.table:
         print(table())
     elif given.write:
         write(given.names)
     else:
         for name in given.names:
-            print(json.dumps(MEASURE[name](given.chip, given.head_size)))
+            if name in MEASURE:
+                print(json.dumps(MEASURE[name](given.chip, given.head_size)))
+            else:
+                print(json.dumps(measure_plan(read()["cases"])))
 
 
 if __name__ == "__main__":
