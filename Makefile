@@ -33,7 +33,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.grpo_step
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .aot_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call pip-install,REQUIREMENT)
@@ -48,10 +48,25 @@ define pip-install
 	fi
 endef
 
+# libtpu, the TPU compiler, for tests/aot, where it runs. In a folder of its own: among the packages
+# it would be loaded, and would warn, wherever JAX starts.
+ifeq ($(shell uname -sm),Linux x86_64)
+define install-libtpu
+	@if command -v uv >/dev/null; then \
+		uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+			--no-deps --target $(VENV)/aot libtpu; \
+	else \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+			--no-deps --upgrade --target $(VENV)/aot libtpu; \
+	fi
+endef
+endif
+
 $(VENV)/.installed: $(LIST)
 	$(call pip-install,$(CORE))
 	@touch $@
 
 $(VENV)/.installed-dev: $(LIST)
 	$(call pip-install,$(DEV))
+	$(install-libtpu)
 	@touch $(VENV)/.installed $@

@@ -30,6 +30,7 @@ from agentx.model.transformer import Transformer, init_params
 from agentx.optim import Optimizer
 from agentx.sharding import RULES, batch_sharding, check_batch, constrain, tree_shardings
 from agentx_kernels import logprob
+from agentx_kernels.hardware import compiler_options
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -149,6 +150,7 @@ def make_train_step(
         in_shardings=(state_shardings, batch_sharding(mesh)),
         out_shardings=(state_shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
+        compiler_options=compiler_options(model.hardware),
     )
     return _checked(jitted, mesh, num_micro_batches)
 

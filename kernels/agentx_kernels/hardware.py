@@ -52,3 +52,19 @@ def hardware(name: str) -> Hardware:
     if name not in _TABLE:
         raise ValueError(f"hardware {name!r} is not known; choose one of {', '.join(_TABLE)}")
     return _TABLE[name]
+
+
+# Without these XLA for TPU gathers first and computes after; with them a gather is moved along by
+# the fusions that run meanwhile. Names are libtpu's own.
+_BESIDE_COMPUTATION = (
+    "xla_enable_async_all_gather",
+    "xla_tpu_enable_async_collective_fusion",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps",
+    "xla_tpu_overlap_compute_collective_tc",
+)
+
+
+def compiler_options(hardware: Hardware) -> dict[str, bool]:
+    """What `jax.jit(f, compiler_options=...)` needs for collectives to run beside computation."""
+    return dict.fromkeys(_BESIDE_COMPUTATION, True) if hardware.platform == "tpu" else {}

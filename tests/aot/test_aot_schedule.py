@@ -1,0 +1,51 @@
+"""The compiler's schedule of the attention kernels against kernels/bench/schedule.json."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "kernels" / "bench"
+FIGURES = json.loads((BENCH / "schedule.json").read_text())
+CASES = [x for x in FIGURES["cases"] if x["whose"] == "ours"]
+COUNTS = ("full", "masked", "walk", "fills", "spills")
+
+
+def schedule(*arguments):
+    command = [sys.executable, str(BENCH / "schedule.py"), *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("chip", "head_size"), sorted({(x["chip"], x["head_size"]) for x in CASES})
+)
+def test_no_kernel_takes_over_5_percent_more_than_is_recorded(remembered, chip, head_size):
+    def measure():
+        return json.loads(schedule("ours", "--chip", chip, "--head-size", head_size))
+
+    measured = remembered(f"schedule {chip} {head_size}", measure)
+    recorded = {x["pass"]: x for x in CASES if (x["chip"], x["head_size"]) == (chip, head_size)}
+    worse = {
+        (name, what): (was[what], measured[name][what])
+        for name, was in recorded.items()
+        for what in COUNTS
+        if measured[name][what] > 1.05 * was[what]
+    }
+    assert not worse, f"more than recorded, (recorded, measured): {worse}"
+
+
+def test_every_kernel_is_recorded_and_every_plan():
+    assert len(CASES) == 4 * 2 * 2  # chips, head sizes, passes
+    assert len(FIGURES["plan"]) == 4 * 3  # chips, kinds of rows
+
+
+@pytest.mark.parametrize("case", FIGURES["plan"], ids=lambda x: f"{x['chip']}-{x['rows']}")
+def test_a_plan_is_exact_and_takes_under_2_percent_of_one_layer(case):
+    assert case["visited"] <= 1.15 * case["not_empty"]
+    assert case["share"] < 0.02
+
+
+def test_the_readme_has_the_table_that_the_figures_make():
+    assert schedule("--table") in (BENCH.parent / "README.md").read_text()
