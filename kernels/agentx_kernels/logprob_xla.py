@@ -19,9 +19,9 @@ from agentx_kernels.logits import LOWEST, LogitBlocks, Logits, logits_and_slope
 
 Array = jax.Array
 
-# 512 tokens by 2,048 columns stay in a server core's cache. On CPU, forward and backward, they take as
-# long as 512 tokens by a whole vocabulary do, but where a large one has but a single chunk of tokens:
-# 512 tokens of V65536 take an eighth longer.
+# 512 tokens by 2,048 columns stay in a server core's cache. On CPU, forward and backward, they take
+# as long as 512 tokens by a whole vocabulary do, but where a large one has but a single chunk of
+# tokens: 512 tokens of V65536 take an eighth longer.
 BLOCKS = LogitBlocks(512, 2048)
 
 
