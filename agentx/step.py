@@ -170,8 +170,13 @@ def make_score_step(
             return token_logprobs(nnx.merge(graphdef, params), batch, temperature)
 
     rows = batch_sharding(mesh)
-    in_shardings = (tree_shardings(abstract_params, mesh), rows)
-    return _checked(jax.jit(score_step, in_shardings=in_shardings, out_shardings=rows), mesh, 1)
+    jitted = jax.jit(
+        score_step,
+        in_shardings=(tree_shardings(abstract_params, mesh), rows),
+        out_shardings=rows,
+        compiler_options=compiler_options(model.hardware),
+    )
+    return _checked(jitted, mesh, 1)
 
 
 def init_state(model: Transformer, optimizer: Optimizer, mesh: Mesh, key: Array) -> TrainState:

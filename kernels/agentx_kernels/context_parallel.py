@@ -101,12 +101,15 @@ def choose_split(
     devices: along the tokens. kv_heads: of one device. gathered_bytes: the keys and values of its
     whole rows, of one layer, and their gradients.
 
-    "auto" is ulysses where KV heads suffice, for then all devices have the same to do; else
-    all_gather where what is gathered fits into a sixteenth of the memory; else usp, with the
-    largest groups that KV heads suffice for, which is a ring where that is one device.
+    One device has nobody to share with. "auto" is ulysses where KV heads suffice, for then all
+    devices have the same to do; else all_gather where what is gathered fits into a sixteenth of
+    the memory; else usp, with the largest groups that KV heads suffice for, which is a ring where
+    that is one device.
 
     Raises ValueError where KV heads do not suffice for what is asked for.
     """
+    if devices == 1:
+        return dataclasses.replace(split, ulysses=1, ring=False)
     largest = math.gcd(devices, kv_heads)
     if strategy == "auto":
         fits = gathered_bytes <= _GATHERED_SHARE * hardware.hbm_bytes
@@ -118,7 +121,7 @@ def choose_split(
     if strategy == "ring":
         return dataclasses.replace(split, ulysses=1, ring=True)
     needed = devices if strategy == "ulysses" else 2
-    if largest < needed and devices > 1:
+    if largest < needed:
         raise ValueError(
             f"{strategy} over {devices} devices gives each group's devices KV heads of their own, "
             f"but each has {kv_heads} to share: choose ring or all_gather, or fewer devices"

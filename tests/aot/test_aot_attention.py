@@ -56,24 +56,35 @@ def test_attention_of_a_million_tokens_compiles_and_fits_a_slice(
     )
     assert fits(compiled)
     assert collectives <= {each["kind"] for each in compiled["collectives"]}
-    # In a ring what travels does so while attention is computed.
-    travels = [each for each in compiled["collectives"] if each["kind"] == "collective-permute"]
-    beside = [each for each in travels if any("attention" in name for name in each["beside"])]
-    assert sum(each["bytes"] for each in beside) > sum(each["bytes"] for each in travels) / 2 or (
-        not ring
-    )
+    if ring:  # what travels does so while attention is computed
+        travels = [each for each in compiled["collectives"] if each["kind"] == "collective-permute"]
+        beside = [each for each in travels if any("attention" in name for name in each["beside"])]
+        assert num_bytes(beside) > num_bytes(travels) / 2
 
 
-# For tpu7x the compiler lists every gather as synchronous, whatever it is asked for.
-@pytest.mark.parametrize(("chip", "topology"), SLICES[:3])
+@pytest.mark.parametrize(
+    ("chip", "topology"),
+    [
+        *SLICES[:3],
+        pytest.param(
+            *SLICES[3],
+            marks=pytest.mark.xfail(
+                raises=AssertionError,
+                strict=True,
+                reason="for tpu7x the compiler lists every gather as synchronous",
+            ),
+        ),
+    ],
+)
 def test_arrays_are_gathered_while_something_is_computed(facts, chip, topology):
     compiled = facts("layers", chip=chip, topology=topology, length=2**16)
     gathers = [each for each in compiled["collectives"] if each["kind"] == "all-gather"]
-    beside, alone = (
-        sum(each["bytes"] for each in gathers if bool(each["beside"]) == is_beside)
-        for is_beside in (True, False)
-    )
-    assert beside > alone, gathers
+    beside = [each for each in gathers if each["beside"]]
+    assert num_bytes(beside) > num_bytes(gathers) / 2, gathers
+
+
+def num_bytes(collectives):
+    return sum(each["bytes"] for each in collectives)
 
 
 def fits(compiled):

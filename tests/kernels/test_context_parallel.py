@@ -120,7 +120,8 @@ MEMORY = hardware("v5p").hbm_bytes
         ("all_gather", 8, 8, MEMORY, 1, False),
         ("ring", 8, 8, 0, 1, True),
         ("usp", 8, 2, 0, 2, True),
-        ("usp", 1, 1, 0, 1, True),
+        ("usp", 1, 1, 0, 1, False),
+        ("ring", 1, 1, 0, 1, False),
     ],
 )
 def test_the_strategy_follows_from_kv_heads_and_memory(
