@@ -123,7 +123,7 @@ class Progress:
     `interval` seconds, and always one for the last step.
 
     done: the step that the stage starts from, above 0 after a resume; neither rate nor time left
-      counts what an earlier process did.
+      counts what an earlier process did. Time left is shown once a hundredth of the stage is done.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Progress:
         self.stage, self.total, self.interval = stage, total, interval
         self._console = console or rich.console.Console(file=sys.stderr)
         self._clock = clock
-        self._step, self._tokens = done, 0
+        self._start, self._step, self._tokens = done, done, 0
         # (time, step, tokens) of the newest updates. The rate is taken over these alone, so that
         # the compilation before the first step is forgotten soon.
         self._recent = collections.deque([(clock(), done, 0)], maxlen=50)
@@ -191,7 +191,9 @@ class Progress:
         parts = []
         if end > start and tokens > first_tokens:
             parts.append(f"{format_count((tokens - first_tokens) / (end - start))} tokens/s")
-        if end > start and first_step < step < self.total:
+        # The first of many steps says little: it waited for processes to start or for a compiler.
+        is_known = step - self._start >= (self.total - self._start) / 100
+        if end > start and is_known and first_step < step < self.total:
             seconds = (self.total - step) * (end - start) / (step - first_step)
             parts.append(f"{format_seconds(seconds)} left")
         parts += [f"{name} {float(value):.4g}" for name, value in scalars.items()]

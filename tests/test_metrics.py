@@ -115,6 +115,12 @@ def test_progress_after_a_resume_counts_only_its_own_steps():
     assert first.startswith("grpo 31/40  100 tokens/s  3:00 left")
 
 
+def test_the_first_of_many_steps_says_nothing_of_the_time_that_is_left():
+    first, second = run_progress(terminal=False, total=1000).splitlines()[:2]
+    assert first.startswith("grpo 1/1000  100 tokens/s  loss")
+    assert second.startswith("grpo 11/1000  733 tokens/s  44:57 left")
+
+
 def test_progress_on_a_terminal_is_a_live_line():
     shown = run_progress(terminal=True)
     assert "40/40" in shown
