@@ -54,6 +54,15 @@ def hardware(name: str) -> Hardware:
     return _TABLE[name]
 
 
+def check_hardware(given: object) -> None:
+    """Raises ValueError for what is no Hardware, such as its name."""
+    if not isinstance(given, Hardware):
+        raise ValueError(
+            f"hardware is {given!r}; give a Hardware, such as agentx_kernels.hardware's "
+            f"hardware('cpu')"
+        )
+
+
 # Without these XLA for TPU gathers first and computes after; with them a gather is moved along by
 # the fusions that run meanwhile. Names are libtpu's own.
 _BESIDE_COMPUTATION = (

@@ -25,7 +25,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from agentx_kernels import logprob_xla
-from agentx_kernels.hardware import Hardware
+from agentx_kernels.hardware import Hardware, check_hardware
 from agentx_kernels.logits import LogitBlocks, Logits
 
 Array = jax.Array
@@ -242,11 +242,7 @@ def _tpu() -> Any:
 def _check_numbers(
     hardware: Hardware, temperature: float, softcap: float | None, blocks: LogitBlocks | None
 ) -> None:
-    if not isinstance(hardware, Hardware):
-        raise ValueError(
-            f"hardware is {hardware!r}; give a Hardware, such as agentx_kernels.hardware's "
-            f"hardware('cpu')"
-        )
+    check_hardware(hardware)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     if softcap is not None and not softcap > 0:

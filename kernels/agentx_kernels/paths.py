@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from agentx_kernels import xla
-from agentx_kernels.hardware import Hardware
+from agentx_kernels.hardware import Hardware, check_hardware
 from agentx_kernels.layout import TreeLayout
 from agentx_kernels.plan import BlockPlan
 from agentx_kernels.scores import Scores
@@ -32,16 +32,12 @@ class Path:
     interpret: Any = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.hardware, Hardware):
-            raise ValueError(
-                f"hardware is {self.hardware!r}; give a Hardware, such as "
-                f"agentx_kernels.hardware's hardware('cpu')"
-            )
+        check_hardware(self.hardware)
 
     def check(self, q: Array, v: Array, plan: BlockPlan) -> None:
         """Raises ValueError for what the kernels of this hardware lack."""
         if self.hardware.platform == "tpu":
-            _tpu().check(q, v, plan)
+            _tpu().check(q, v, plan, self.hardware)
 
     def forward(
         self,

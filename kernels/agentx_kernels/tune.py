@@ -3,10 +3,11 @@
     python -m agentx_kernels.tune --hardware v5p --length 8192 --head-size 128
 
 Prints a line for each candidate, the fastest first: blocks of queries and keys and the part worked
-on at once, and the seconds of a forward and a backward pass over one causal row. What comes out
-goes into the table of blocks.py, with the chip and the shape as its reason. Runs are interleaved,
-and the figure is the median: so a machine that slows down slows all of them. A candidate that does
-not compile, for want of on-chip memory, is listed with the compiler's words.
+on at once, and the seconds over one causal row, of the forward pass and of both. What comes out
+goes into the tables of blocks.py, where each pass has a part of its own, with the chip and the
+shape as its reason. Runs are interleaved, and the figure is the median: so a machine that slows
+down slows all of them. A candidate that does not compile, for want of on-chip memory, is listed
+with the compiler's words.
 
 Legend: S tokens, N heads, K KV heads, H head size.
 """
@@ -37,9 +38,10 @@ _PARTS = {"cpu": (), "gpu": (), "tpu": (256, 512, 1024)}
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """seconds: the median of a forward and backward pass; None where `error` says what failed."""
+    """Medians of the forward pass and of both passes; None where `error` says what failed."""
 
     config: BlockConfig
+    forward_seconds: float | None
     seconds: float | None
     error: str = ""
 
@@ -49,9 +51,9 @@ def candidates(chip: Hardware, length: int) -> list[BlockConfig]:
     blocks = [block for block in _BLOCKS[chip.platform] if block <= length]
     parts = _PARTS[chip.platform]
     if not parts:
-        return [BlockConfig(block, block, block) for block in blocks]
+        return [BlockConfig(block, block) for block in blocks]
     pairs = itertools.product(blocks, parts)
-    return [BlockConfig(block, block, part) for block, part in pairs if block % part == 0]
+    return [BlockConfig(block, block, part, part) for block, part in pairs if block % part == 0]
 
 
 def tune(
@@ -87,7 +89,7 @@ def tune(
         for n in (heads, kv_heads, kv_heads)
     )
     layout = causal(1, length)
-    passes: dict[BlockConfig, Callable[[], Any]] = {}
+    passes: dict[tuple[BlockConfig, bool], Callable[[], Any]] = {}
     failed: list[Timing] = []
     for config in configs:
 
@@ -96,19 +98,25 @@ def tune(
             return o.astype(jnp.float32).sum()
 
         try:
-            compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
-            jax.block_until_ready(compiled(q, k, v))
+            for is_both, f in ((False, loss), (True, jax.grad(loss, (0, 1, 2)))):
+                compiled = jax.jit(f).lower(q, k, v).compile()
+                jax.block_until_ready(compiled(q, k, v))
+                passes[config, is_both] = functools.partial(compiled, q, k, v)
         except jax.errors.JaxRuntimeError as error:
-            failed.append(Timing(config, None, str(error).split("\n", 1)[0]))
-            continue
-        passes[config] = functools.partial(compiled, q, k, v)
-    seconds: dict[BlockConfig, list[float]] = {config: [] for config in passes}
+            passes.pop((config, False), None)
+            failed.append(Timing(config, None, None, str(error).split("\n", 1)[0]))
+    seconds: dict[tuple[BlockConfig, bool], list[float]] = {key: [] for key in passes}
     for _ in range(repeats):
-        for config, run in passes.items():
+        for key, run in passes.items():
             start = time.perf_counter()
             jax.block_until_ready(run())
-            seconds[config].append(time.perf_counter() - start)
-    timed = [Timing(config, statistics.median(s)) for config, s in seconds.items()]
+            seconds[key].append(time.perf_counter() - start)
+    medians = {key: statistics.median(times) for key, times in seconds.items()}
+    timed = [
+        Timing(config, medians[config, False], both)
+        for (config, is_both), both in medians.items()
+        if is_both
+    ]
     return sorted(timed, key=lambda timing: timing.seconds or 0) + failed
 
 
@@ -124,5 +132,8 @@ if __name__ == "__main__":
     given = vars(parser.parse_args())
     for timing in tune(hardware(given.pop("hardware")), **given):
         config = timing.config
-        outcome = timing.error or f"{timing.seconds:.4f} s"
-        print(f"queries {config.query} keys {config.key} part {config.part}: {outcome}")
+        outcome = (
+            timing.error or f"forward {timing.forward_seconds:.4f} s, both {timing.seconds:.4f} s"
+        )
+        part = f" part {config.forward_part}" if config.forward_part else ""
+        print(f"queries {config.query} keys {config.key}{part}: {outcome}")

@@ -1,13 +1,13 @@
 """Compiles one thing for a chip, so that the compiler writes its schedule to a folder.
 
-    python kernels/bench/kernels_alone.py v5p DUMP ours HEAD_SIZE        attention's two kernels
+    python kernels/bench/kernels_alone.py v5p DUMP ours HEAD_SIZE [PART] attention's two kernels
     python kernels/bench/kernels_alone.py v5p DUMP splash HEAD_SIZE PART tokamax's splash attention
     python kernels/bench/kernels_alone.py v5p DUMP plan LENGTH           a plan; as text, plan.txt
 
 For schedule.py, which starts it: splash in an environment that has tokamax, with agentx_kernels on
 its path. Attention is causal, over 8,192 tokens, with 4 heads and 2 KV heads, in bf16, forward and
 backward. The plan is an argument of ours, so that nothing but the kernels is of any size. PART is
-how much of a block of 1,024 splash works on at once.
+how much of a block of 1,024 is worked on at once; ours is by its table if not given.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jax.sharding import SingleDeviceSharding
 
 from agentx_kernels import ahead
 from agentx_kernels.attention import attention
-from agentx_kernels.blocks import block_config
+from agentx_kernels.blocks import BlockConfig, block_config
 from agentx_kernels.hardware import hardware
 from agentx_kernels.layout import TreeLayout
 from agentx_kernels.plan import make_plan
@@ -43,9 +43,9 @@ def with_gradients(attend: Any) -> Any:
     return run
 
 
-def ours(chip: str, head_size: int) -> Program:
+def ours(chip: str, head_size: int, part: int | None = None) -> Program:
     layout = TreeLayout(*[jax.ShapeDtypeStruct((1, _LENGTH), jnp.int32)] * 3)
-    config = block_config(hardware(chip), _LENGTH)
+    config = BlockConfig(_BLOCK, _BLOCK, part, part)
     plan = jax.eval_shape(lambda layout: make_plan(layout, config=config), layout)
     q, k = (
         jax.ShapeDtypeStruct((1, _LENGTH, heads, head_size), jnp.bfloat16)
@@ -53,7 +53,7 @@ def ours(chip: str, head_size: int) -> Program:
     )
 
     def attend(q, k, v, layout, plan):
-        return attention(q, k, v, layout=layout, plan=plan, hardware=hardware(chip))
+        return attention(q, k, v, layout=layout, plan=plan, config=config, hardware=hardware(chip))
 
     return with_gradients(attend), [q, k, k, q, layout, plan]
 

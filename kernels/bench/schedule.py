@@ -2,23 +2,28 @@
 
     export PYTHONPATH=kernels
     python kernels/bench/schedule.py ours splash --chip v5p --head-size 128    one case, as JSON
+    python kernels/bench/schedule.py ours --part 256             ... with parts of so many tokens
     python kernels/bench/schedule.py ours splash plan --write    all cases, into schedule.json
     python kernels/bench/schedule.py --table                     schedule.json as Markdown
 
 `ours` are the kernels here. `splash` is tokamax's splash attention, in an environment of its own
 that is made under ~/.cache/agentx at the first call; it is tried with three sizes of what it works
-on at once, and its figures are the best ones by `full`. What is not named stays in schedule.json as
-it was. All cases take some ten minutes. No TPU is needed, but libtpu (agentx_kernels.ahead says how
-it is found).
+on at once, and its figures are those with the fewest bundles a visit. What is not named stays in
+schedule.json as it was. All cases take some ten minutes. No TPU is needed, but libtpu
+(agentx_kernels.ahead says how it is found).
 
 A bundle is what a chip issues at once. Bundles are no time: they compare kernels on one chip, where
 neither waits for memory. Of each kernel:
 
     full, masked   bundles of the straight stretch that works on one block of 1,024 x 1,024 tokens
                    where all of it is seen, and where a mask is computed
-    walk           bundles of the loop around these two, whatever part of it a visit runs
+    walk           bundles of the loop around these two, with what only some visits run
+    least_walk     those of the shortest way round the loop, past all that it can leave out
     fills, spills  loads and stores of registers, in the full stretch
     units          the share of its issue slots that each unit uses in the full stretch
+
+What a visit of a full block takes lies between full + least_walk and full + walk. Ours is compared
+by the most that it can take, splash by the least.
 
 Of the plan, for causal rows, 32 documents and a tree of 8 rollouts that share half their length,
 each in 32,768 tokens: visited blocks, blocks in which some token sees some other (counted pair by
@@ -34,6 +39,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -63,8 +69,6 @@ _PLAN_LENGTH, _PLAN_HEADS, _PLAN_HEAD_SIZE = 32768, 32, 128
 _UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
 _SHOWN_UNITS = ("MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE")
 
-_BUNDLES = ("full", "masked", "walk")
-
 Figures = dict[str, Any]
 
 
@@ -73,9 +77,12 @@ Figures = dict[str, Any]
 # --------------------------------------------------------------------------------------------------
 
 
-def measure(chip: str, head_size: int) -> dict[str, Figures]:
-    """The figures of our kernels, forward and backward; RuntimeError if the compiler refuses."""
-    return _measure(sys.executable, chip, "ours", head_size)
+def measure(chip: str, head_size: int, part: int | None = None) -> dict[str, Figures]:
+    """The figures of our kernels, forward and backward; RuntimeError if the compiler refuses.
+
+    part: the tokens of a block that are worked on at once; None as the kernels choose it.
+    """
+    return _measure(sys.executable, chip, "ours", head_size, *([part] if part else []))
 
 
 def _measure(python: str, chip: str, *what: Any) -> dict[str, Figures]:
@@ -90,6 +97,8 @@ def _measure(python: str, chip: str, *what: Any) -> dict[str, Figures]:
 def _compile(python: str, *arguments: Any) -> None:
     command = [python, str(HERE / "kernels_alone.py"), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    if library := ahead.find_libtpu():  # which the peer's environment has none of
+        environment["TPU_LIBRARY_PATH"] = str(library)
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     if ended.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {ended.stderr[-2000:]}")
@@ -97,11 +106,21 @@ def _compile(python: str, *arguments: Any) -> None:
 
 @dataclasses.dataclass
 class _Stretch:
-    """Bundles without a branch: from one address to before another, so deep in loops."""
+    """Bundles without a branch: from one address to before another, so deep in loops.
+
+    regions: that are left out by whoever jumps here. skips: the region that its first bundle jumps
+    over, or none.
+    """
 
     start: int
     end: int
     depth: int
+    regions: set[str]
+    skips: str | None
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
 
 
 def read_kernel(dump: Path, names: tuple[str, ...]) -> Figures:
@@ -124,17 +143,18 @@ def read_kernel(dump: Path, names: tuple[str, ...]) -> Figures:
         first -= 1
     while last + 1 < len(stretches) and stretches[last + 1].depth >= depth:
         last += 1
-    sizes = [x.end - x.start for x in stretches]
+    walked = stretches[first : last + 1]
     valu = _UNITS.index("VALU")
     full, masked = sorted(
         (stretches[at] for at in bodies), key=lambda x: use[x.start : x.end, valu].sum()
     )
     used = dict(zip(_UNITS, use[full.start : full.end].sum(0).tolist(), strict=True))
-    slots = {unit: (full.end - full.start) * n for unit, n in zip(_UNITS, capacity, strict=True)}
+    slots = {unit: full.size * n for unit, n in zip(_UNITS, capacity, strict=True)}
     return {
-        "full": full.end - full.start,
-        "masked": masked.end - masked.start,
-        "walk": sum(sizes[first : last + 1]) - sum(sizes[at] for at in bodies),
+        "full": full.size,
+        "masked": masked.size,
+        "walk": sum(x.size for x in walked) - full.size - masked.size,
+        "least_walk": _shortest(walked, full) - full.size,
         "fills": used["FILL"],
         "spills": used["SPILL"],
         "units": {unit: round(used[unit] / slots[unit], 2) for unit in _SHOWN_UNITS},
@@ -149,19 +169,40 @@ def _read_use(file: Path) -> tuple[np.ndarray, list[int]]:
 
 
 def _read_stretches(file: Path) -> list[_Stretch]:
-    """A label or a branch begins a stretch; `>`, `>>` and so on say how deep in loops it is."""
-    bundle = re.compile(r"\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*(>*)\s*\{")
-    stretches = [_Stretch(0, 0, 0)]
+    """A label, a branch or another depth begins a stretch.
+
+    `>`, `>>` and so on say how deep in loops a bundle is, but for empty ones.
+    """
+    bundle = re.compile(r"\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*(>*)\s*\{(\})?")
+    stretches = [_Stretch(0, 0, 0, set(), None)]
     for line in file.read_text(errors="replace").splitlines():
         found = bundle.match(line)
         if not found:
             continue
         address, depth = int(found[1], 16), len(found[3])
-        if found[2] or "sbr.rel" in line:
-            stretches.append(_Stretch(address, address, depth))
+        branch = re.search(r"sbr\.rel.*? target = \$region(\d+)", line)
+        is_elsewhere = depth != stretches[-1].depth and not found[4]
+        if found[2] or branch or is_elsewhere:
+            regions = set(re.findall(r"(?:End|empty) region (\d+)", line)) if found[2] else set()
+            skips = branch[1] if branch else None
+            stretches.append(_Stretch(address, address, depth, regions, skips))
         stretches[-1].end = address + 1
-        stretches[-1].depth = depth
     return stretches
+
+
+def _shortest(walked: list[_Stretch], through: _Stretch) -> int:
+    """The fewest bundles from the first of a loop's stretches to its last, through one of them."""
+    least: dict[int, float] = {0: 0}  # to before each stretch
+    for at, x in enumerate(walked):
+        before = least.get(at, math.inf)
+        if x is through:
+            least = {}
+        else:
+            for there in range(at + 1, len(walked)):
+                if x.skips in walked[there].regions:  # only its first bundle runs, the branch
+                    least[there] = min(least.get(there, math.inf), before + 1)
+        least[at + 1] = min(least.get(at + 1, math.inf), before + x.size)
+    return int(least[len(walked)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,16 +329,26 @@ def peer_python() -> str:
     return str(python)
 
 
-def measure_peer(chip: str, head_size: int) -> dict[str, Figures]:
-    """Splash's figures, each pass with the part of a block that gives it the fewest bundles."""
+def measure_peer(chip: str, head_size: int, part: int | None = None) -> dict[str, Figures]:
+    """Splash's figures; for each pass with the part that gives it the fewest, if none is given."""
     tried = []
-    for part in _PEER_PARTS:
+    for each in [part] if part else _PEER_PARTS:
         try:
-            tried.append(_measure(peer_python(), chip, "splash", head_size, part))
+            tried.append(_measure(peer_python(), chip, "splash", head_size, each))
         except RuntimeError as error:  # a large part may want more memory than the chip has
             if "vmem" not in str(error):
                 raise
-    return {name: min((each[name] for each in tried), key=lambda x: x["full"]) for name in PASSES}
+    return {name: min((each[name] for each in tried), key=least_visit) for name in PASSES}
+
+
+def least_visit(case: Figures) -> int:
+    """The fewest bundles that a visit of a full block can take."""
+    return int(case["full"] + case["least_walk"])
+
+
+def most_visit(case: Figures) -> int:
+    """The most of them."""
+    return int(case["full"] + case["walk"])
 
 
 MEASURE = {"ours": measure, "splash": measure_peer}
@@ -338,22 +389,20 @@ def table() -> str:
     figures = read()
     by_case = {(x["whose"], x["chip"], x["head_size"], x["pass"]): x for x in figures["cases"]}
     lines = [
-        "| chip | head size | pass | full | masked | walk | splash: full | masked | walk | ours / "
-        "splash | fills, spills | MXU, XLU, VALU, EUP, loads, stores in % |",
+        "| chip | head size | pass | a visit, at most | full | masked | splash: a visit, at least "
+        "| full | masked | ours / splash | fills, spills "
+        "| MXU, XLU, VALU, EUP, loads, stores in % |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for chip in CHIPS:
-        for head_size in HEAD_SIZES:
-            for name in PASSES:
-                ours = by_case["ours", chip, head_size, name]
-                splash = by_case.get(("splash", chip, head_size, name))
-                columns = [chip, head_size, name]
-                columns += [ours[what] for what in _BUNDLES]
-                columns += [splash[what] if splash else "-" for what in _BUNDLES]
-                columns += [f"{ours['full'] / splash['full']:.3f}" if splash else "-"]
-                columns += [f"{ours['fills']}, {ours['spills']}"]
-                columns += [", ".join(f"{100 * x:.0f}" for x in ours["units"].values())]
-                lines.append(f"| {' | '.join(map(str, columns))} |")
+    for chip, head_size, name in itertools.product(CHIPS, HEAD_SIZES, PASSES):
+        ours, splash = (by_case[whose, chip, head_size, name] for whose in ("ours", "splash"))
+        columns = [chip, head_size, name]
+        columns += [most_visit(ours), ours["full"], ours["masked"]]
+        columns += [least_visit(splash), splash["full"], splash["masked"]]
+        columns += [f"{most_visit(ours) / least_visit(splash):.3f}"]
+        columns += [f"{ours['fills']}, {ours['spills']}"]
+        columns += [", ".join(f"{100 * x:.0f}" for x in ours["units"].values())]
+        lines.append(f"| {' | '.join(map(str, columns))} |")
     lines += [
         "",
         "| chip | rows | visited | not empty | plan's cycles | of a layer's bundles |",
@@ -374,6 +423,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *MEASURE, "plan"])
     parser.add_argument("--chip", choices=CHIPS, default="v5p")
     parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--part", type=int, help="tokens of a block that are worked on at once")
     parser.add_argument("--write", action="store_true", help="all cases, into schedule.json")
     parser.add_argument("--table", action="store_true", help="print schedule.json as Markdown")
     given = parser.parse_args()
@@ -385,7 +435,7 @@ def main() -> None:
     else:
         for name in given.names:
             if name in MEASURE:
-                print(json.dumps(MEASURE[name](given.chip, given.head_size)))
+                print(json.dumps(MEASURE[name](given.chip, given.head_size, given.part)))
             else:
                 print(json.dumps(measure_plan(read()["cases"])))
 

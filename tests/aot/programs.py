@@ -6,7 +6,7 @@ below, ...its arguments}; one goes out, {"facts": {...}} or {"error": what the c
 A new program is a function here that returns what `compiled` does, and a test that asks for it.
 
 Legend: B rows, S tokens a row, N heads, K KV heads, H head size of q and k, Hv of v, D model,
-F feed-forward, L layers.
+F feed-forward, L layers, V vocabulary.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from agentx_kernels.attention import attention as attend
 from agentx_kernels.context_parallel import Split, make_split_plan, split_attention
 from agentx_kernels.hardware import compiler_options, hardware
 from agentx_kernels.layout import TreeLayout
+from agentx_kernels.logprob import VocabularySplit, token_logprobs
 
 SPLIT = Split(rows=("data",), heads="tensor", tokens="context")
 
@@ -59,6 +60,30 @@ def split_over_devices(chip, topology, length, tensor, ulysses, ring, heads=32, 
 
     arrays = qkv(mesh, length, heads, kv_heads, 128, 128, "bfloat16")
     return compiled(jax.grad(loss, (0, 1, 2)), chip, mesh, *arrays, layout_of(mesh, length))
+
+
+def logprobs(chip, topology, length, size, vocab_size, context=1, tensor=1, dtype="bfloat16"):
+    """Log-probabilities forward and backward, over a slice or over one device if all axes are 1."""
+    is_split = context * tensor > 1
+    mesh = mesh_of(topology, tensor, context, num_devices=None if is_split else 1)
+    split = VocabularySplit(rows=("data",), tokens="context", vocab="tensor", embed=("data",))
+
+    def loss(hidden, embedding, targets):
+        logprob, _ = token_logprobs(
+            hidden,
+            embedding,
+            targets,
+            hardware=hardware(chip),
+            softcap=30.0,
+            split=split if is_split else None,
+        )
+        return logprob.sum()
+
+    rows = mesh.shape["data"]
+    hidden = on(mesh, (rows, length, size), dtype, "data", "context")
+    embedding = on(mesh, (vocab_size, size), dtype, "tensor", "data")
+    targets = on(mesh, (rows, length), "int32", "data", "context")
+    return compiled(jax.grad(loss, (0, 1)), chip, mesh, hidden, embedding, targets)
 
 
 def layers(chip, topology, length):

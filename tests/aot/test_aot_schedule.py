@@ -10,6 +10,7 @@ import pytest
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 FIGURES = json.loads((BENCH / "schedule.json").read_text())
 CASES = [x for x in FIGURES["cases"] if x["whose"] == "ours"]
+SPLASH = [x for x in FIGURES["cases"] if x["whose"] == "splash"]
 COUNTS = ("full", "masked", "walk", "fills", "spills")
 
 
@@ -34,6 +35,17 @@ def test_no_kernel_takes_over_5_percent_more_than_is_recorded(remembered, chip, 
         if measured[name][what] > 1.05 * was[what]
     }
     assert not worse, f"more than recorded, (recorded, measured): {worse}"
+
+
+@pytest.mark.parametrize("chip", ["v5p", "v6e", "tpu7x"])
+def test_a_visit_takes_no_more_bundles_than_with_tokamax(chip):
+    """The most that ours can take against the least that splash can."""
+    splash = {(x["head_size"], x["pass"]): x for x in SPLASH if x["chip"] == chip}
+    ours = {(x["head_size"], x["pass"]): x for x in CASES if x["chip"] == chip}
+    assert set(ours) == set(splash)
+    assert len(ours) == 2 * 2  # head sizes, passes
+    for case, x in ours.items():
+        assert x["full"] + x["walk"] <= splash[case]["full"] + splash[case]["least_walk"], case
 
 
 def test_every_kernel_is_recorded_and_every_plan():

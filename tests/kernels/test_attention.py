@@ -31,7 +31,7 @@ def inputs(heads, kv_heads, value_size, length=LENGTH, batch=BATCH, seed=0):
 
 
 def blocks(size):
-    return None if size is None else BlockConfig(size, size, size)
+    return None if size is None else BlockConfig(size, size)
 
 
 @functools.cache
@@ -208,4 +208,4 @@ def test_arguments_that_do_not_fit_are_refused_in_one_sentence(change, sentence)
 
 def test_a_block_without_tokens_is_refused():
     with pytest.raises(ValueError, match="1 token or more"):
-        BlockConfig(0, 8, 8)
+        BlockConfig(0, 8)

@@ -19,8 +19,8 @@ BATCH = 2
 
 # How each path is run here, and the length and blocks that make it take several of each.
 PATHS = {
-    "xla": ({"hardware": hardware("cpu")}, 37, BlockConfig(16, 8, 8)),
-    "tpu": ({"hardware": hardware("v5p"), "interpret": True}, 300, BlockConfig(128, 128, 128)),
+    "xla": ({"hardware": hardware("cpu")}, 37, BlockConfig(16, 8)),
+    "tpu": ({"hardware": hardware("v5p"), "interpret": True}, 300, BlockConfig(128, 128)),
 }
 FEATURES = {
     "plain": {},

@@ -94,7 +94,7 @@ def check_layout(module):
 def check_plan(module):
     for layout in ROWS:
         for blocks in BLOCKS:
-            config = BlockConfig(*blocks, 1)
+            config = BlockConfig(*blocks)
             plan = module.make_plan(layout, config=config)
             pairs = in_blocks(seen(layout), config)
             visited = np.asarray(module.visited_blocks(plan))[0]
@@ -109,7 +109,7 @@ def check_plan(module):
             skip = [j + 1 + x[0] if len(x) else len(ends) for j, x in enumerate(later)]
             assert np.asarray(plan.keys.skip)[0].tolist() == skip
     for window in (1, 4, 5, 7, 8):
-        config = BlockConfig(4, 4, 1)
+        config = BlockConfig(4, 4)
         plan = module.make_plan(causal(1, LENGTH), config=config, window=window)
         pairs = in_blocks(seen(causal(1, LENGTH), window), config)
         visited = np.asarray(module.visited_blocks(plan))[0]
@@ -154,7 +154,7 @@ def check_backward_walk(module):
 
 def walks():
     for layout, window in [(ROWS[0], None), (ROWS[1], 3)]:
-        plan = plan_module.make_plan(layout, config=BlockConfig(4, 4, 1), window=window)
+        plan = plan_module.make_plan(layout, config=BlockConfig(4, 4), window=window)
         yield plan, np.asarray(plan_module.visited_blocks(plan))[0]
 
 
@@ -167,7 +167,7 @@ def check_xla_mask(module):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, LENGTH, 1, 4), np.float32)) for _ in range(3))
     for layout, window in [(ROWS[0], None), (ROWS[0], 4), (ROWS[1], None)]:
-        plan = plan_module.make_plan(layout, config=BlockConfig(8, 8, 8), window=window)
+        plan = plan_module.make_plan(layout, config=BlockConfig(8, 8), window=window)
         o, _ = module.forward(q, k, v, (layout, layout), plan, None, Scores(1.0, None, window))
         visible = seen(layout, window)
         p = np.exp(np.asarray(q[0, :, 0] @ k[0, :, 0].T)) * visible

@@ -40,7 +40,7 @@ def with_gradients(interpret):
             v,
             layout=LAYOUT,
             hardware=hardware("v5p"),
-            config=BlockConfig(128, 128, 128),
+            config=BlockConfig(128, 128),
             interpret=interpret,
         )
 

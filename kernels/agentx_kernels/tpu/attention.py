@@ -22,7 +22,7 @@ Array = Any
 _VMEM_SHARE = 0.9
 
 
-def check(q: Array, v: Array, plan: BlockPlan) -> None:
+def check(q: Array, v: Array, plan: BlockPlan, hardware: Hardware) -> None:
     """Raises ValueError for what the kernels lack."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
@@ -34,10 +34,14 @@ def check(q: Array, v: Array, plan: BlockPlan) -> None:
                 f"attention on TPU takes head sizes that 64 divides; {name} have {size}"
             )
     config = plan.config
-    if any(x % 128 for x in (config.query, config.key, config.part)):
+    parts = config.parts(hardware, q.shape[3])
+    if any(size % 128 for size in (config.query, config.key, *parts)):
         raise ValueError(f"attention on TPU takes blocks and parts that 128 divides, not {config}")
-    if config.query % config.part or config.key % config.part:
-        raise ValueError(f"the part must divide both blocks, but they are {config}")
+    if config.key % parts[0] or config.query % parts[1]:
+        raise ValueError(
+            f"forward_part must divide the block of keys and backward_part that of queries, but "
+            f"they are {config}"
+        )
 
 
 def forward(
@@ -61,7 +65,7 @@ def forward(
         *_tokens(layouts, plan),
         plan,
         sinks,
-        _options(scores, hardware, interpret),
+        _options(scores, plan.config.parts(hardware, q.shape[3])[0], hardware, interpret),
     )
     lse = jnp.where(lse > LOWEST, lse / LOG2_E, -jnp.inf)
     return _from_heads(o, length), lse.swapaxes(1, 2)[:, :length]
@@ -91,15 +95,15 @@ def backward(
         _to_heads(do, plan.config.query),
         _to_heads(lse[..., None], plan.config.query)[..., 0],
         _to_heads(delta[..., None], plan.config.query)[..., 0],
-        _options(scores, hardware, interpret),
+        _options(scores, plan.config.parts(hardware, q.shape[3])[1], hardware, interpret),
     )
     dq = (dq * scores.scale).astype(q.dtype)
     num_queries, num_keys = plan.lengths
     return _from_heads(dq, num_queries), _from_heads(dk, num_keys), _from_heads(dv, num_keys)
 
 
-def _options(scores: Scores, hardware: Hardware, interpret: Any) -> Options:
-    return Options(scores, int(_VMEM_SHARE * hardware.vmem_bytes), interpret)
+def _options(scores: Scores, part: int, hardware: Hardware, interpret: Any) -> Options:
+    return Options(scores, part, int(_VMEM_SHARE * hardware.vmem_bytes), interpret)
 
 
 def _to_heads(x: Array, block: int) -> Array:

@@ -55,7 +55,8 @@ def backward(
     batch, heads, _, size = q.shape
     kv_heads, length, value_size = v.shape[1:]
     block_q, block_k = plan.config.query, plan.config.key
-    whole = pl.BlockSpec(memory_space=pl.ANY)
+    # Left to itself the compiler moves short rows to VMEM, where a copy takes loads and stores.
+    whole = pl.BlockSpec(memory_space=pltpu.HBM)
 
     def rows(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, block_k, width), lambda b, n, j, *_: (b, n, j, 0))
@@ -66,9 +67,7 @@ def backward(
     sums = jnp.stack([lse, delta], 2)
     inputs = [k, v, key_tokens, q, do, sums, query_tokens, zeros]
     return pl.pallas_call(
-        functools.partial(
-            _backward_kernel, groups=heads // kv_heads, part=plan.config.part, options=options
-        ),
+        functools.partial(_backward_kernel, groups=heads // kv_heads, options=options),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(batch, kv_heads, length // block_k),
@@ -102,8 +101,8 @@ def backward(
     )(*scalars, *inputs)
 
 
-def _backward_kernel(*refs: Any, groups: int, part: int, options: Options) -> None:
-    window = options.scores.window
+def _backward_kernel(*refs: Any, groups: int, options: Options) -> None:
+    window, part = options.scores.window, options.part
     num_q, num_k = len(QueryBlocks._fields), len(KeyBlocks._fields)
     queries, keys = QueryBlocks(*refs[:num_q]), KeyBlocks(*refs[num_q : num_q + num_k])
     k_ref, v_ref, own_ref, q_hbm, do_hbm, sums_hbm, tokens_hbm = refs[num_q + num_k :][:7]
@@ -184,13 +183,14 @@ def _backward_kernel(*refs: Any, groups: int, part: int, options: Options) -> No
                     theirs = [over_lanes(own[field], part) for field in range(3)]
                     s = jnp.where(allowed(mine, theirs, window), s, HIDDEN)
                 p = jnp.exp2(s - sums_buffer[slot, 0:1, at])
-                dv_acc[...] += dot(p.astype(do.dtype), do, 1, 0)
+                # Sums stand second: the compiler then adds a product up inside the matrix unit.
+                dv_acc[...] = dot(p.astype(do.dtype), do, 1, 0) + dv_acc[...]
                 ds = p * (dot(v, do, 1, 1) - sums_buffer[slot, 1:2, at])
                 if slope is not None:
                     ds = ds * slope
                 ds = ds.astype(q.dtype)
-                dk_acc[...] += dot(ds, q, 1, 0)
-                dq_buffer[slot, at] += dot(ds, k, 0, 0)
+                dk_acc[...] = dot(ds, q, 1, 0) + dk_acc[...]
+                dq_buffer[slot, at] = dot(ds, k, 0, 0) + dq_buffer[slot, at]
 
         pl.when(is_whole)(lambda: attend(masked=False))
         pl.when(jnp.logical_not(is_whole))(lambda: attend(masked=True))

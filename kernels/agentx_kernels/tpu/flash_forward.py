@@ -57,15 +57,14 @@ def forward(
     batch, heads, length, size = q.shape
     value_size = v.shape[3]
     block_q, block_k = plan.config.query, plan.config.key
-    whole = pl.BlockSpec(memory_space=pl.ANY)
+    # Left to itself the compiler moves short rows to VMEM, where a copy takes loads and stores.
+    whole = pl.BlockSpec(memory_space=pltpu.HBM)
 
     def rows(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, block_q, width), lambda b, n, i, *_: (b, n, i, 0))
 
     scalars = [*plan.queries, *plan.keys, sinks]
-    kernel = functools.partial(
-        _forward_kernel, groups=heads // k.shape[1], part=plan.config.part, options=options
-    )
+    kernel = functools.partial(_forward_kernel, groups=heads // k.shape[1], options=options)
     o, lse = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -108,8 +107,8 @@ def forward(
     return o, lse[:, :, 0]
 
 
-def _forward_kernel(*refs: Any, groups: int, part: int, options: Options) -> None:
-    window = options.scores.window
+def _forward_kernel(*refs: Any, groups: int, options: Options) -> None:
+    window, part = options.scores.window, options.part
     num_q, num_k = len(QueryBlocks._fields), len(KeyBlocks._fields)
     queries, keys = QueryBlocks(*refs[:num_q]), KeyBlocks(*refs[num_q : num_q + num_k])
     sinks, q_ref, own_ref, tokens_hbm, k_hbm, v_hbm, o_ref, lse_ref, *scratch = refs[
@@ -137,15 +136,18 @@ def _forward_kernel(*refs: Any, groups: int, part: int, options: Options) -> Non
         for copy in copies(j, slot):
             copy.start()
 
-    def fetch_first(i: Array, slot: Array) -> None:
-        @pl.when(queries.first[b, i] <= queries.last[b, i])
-        def _() -> None:
-            fetch(queries.first[b, i], slot)
+    # The block of keys that the next step begins with is fetched during this one.
+    after = jnp.minimum(i + 1, pl.num_programs(2) - 1)
+    first_after = queries.first[b, after]
+    is_seen_after = (after > i) & (first_after <= queries.last[b, after])
 
     @pl.when(i == 0)
     def _() -> None:
         slot_ref[0] = 0
-        fetch_first(i, 0)
+
+    @pl.when((i == 0) & (query.first <= query.last))
+    def _() -> None:
+        fetch(query.first, 0)
 
     # Index and depth of the queries down the rows of a block, as the masks want them.
     for field in range(_num_fields(window)):
@@ -156,20 +158,14 @@ def _forward_kernel(*refs: Any, groups: int, part: int, options: Options) -> Non
     l_ref[...] = jnp.full_like(l_ref, jnp.where(sink == -jnp.inf, 0.0, 1.0))
     acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    is_last_step = i + 1 == pl.num_programs(2)
-
     def visit(state: tuple[Array, Array]) -> tuple[Array, Array]:
         j, slot = state
         following = _next_visited(j + 1, query, keys, b, window)
         is_over = following > query.last
 
-        @pl.when(jnp.logical_not(is_over))
+        @pl.when(jnp.logical_not(is_over) | is_seen_after)
         def _() -> None:
-            fetch(following, 1 - slot)
-
-        @pl.when(is_over & jnp.logical_not(is_last_step))
-        def _() -> None:
-            fetch_first(i + 1, 1 - slot)
+            fetch(jnp.where(is_over, first_after, following), 1 - slot)
 
         for copy in copies(j, slot):
             copy.wait()
@@ -202,9 +198,9 @@ def _forward_kernel(*refs: Any, groups: int, part: int, options: Options) -> Non
     _, slot = lax.while_loop(lambda state: state[0] <= query.last, visit, start)
     slot_ref[0] = slot
 
-    @pl.when((query.first > query.last) & jnp.logical_not(is_last_step))
+    @pl.when((query.first > query.last) & is_seen_after)
     def _() -> None:
-        fetch_first(i + 1, slot)
+        fetch(first_after, slot)
 
     total = l_ref[...]
     some = jnp.where(total > 0, total, 1.0)

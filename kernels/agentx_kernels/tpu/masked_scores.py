@@ -24,9 +24,14 @@ LOWEST = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a kernel is compiled with. vmem_limit: bytes; interpret: as `pallas_call` takes it."""
+    """What a kernel is compiled with.
+
+    part: how many tokens' scores exist at a time. vmem_limit: bytes. interpret: as `pallas_call`
+    takes it.
+    """
 
     scores: Scores
+    part: int
     vmem_limit: int
     interpret: Any = False
 
