@@ -7,7 +7,7 @@ optimizer moments, which are made from parameters; activations are named where t
     data     rows of the batch; parameters are copied
     fsdp     rows of the batch; parameters are split and gathered a layer at a time
     tensor   heads, feed-forward and vocabulary
-    context  tokens of a row
+    context  tokens of a row; parameters are split as over fsdp
     expert   experts
 """
 
@@ -24,13 +24,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "context", "expert")
 
-# Parameters are split over fsdp along `embed`. Activations are split over fsdp by their rows, so
-# where they are constrained their embed axis has the name None.
+# Parameters are split along `embed` over fsdp and context: a device needs them a layer at a time,
+# whether it has other rows than its neighbours or other tokens. Activations are split over fsdp by
+# their rows and over context by their tokens, so where they are constrained their embed axis has
+# the name None.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "sequence": ("context",),
     "layers": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),

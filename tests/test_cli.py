@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -55,12 +55,14 @@ def test_help_takes_less_than_half_a_second_and_loads_no_jax():
     )
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = os.times()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        used = after.children_user + after.children_system
+        seconds.append(used - before.children_user - before.children_system)
         assert done.returncode == 0, done.stderr
         assert "Usage: agentx" in done.stdout
-    # The quickest, since other processes on the machine can only add to it.
+    # Of processor time, and the least: other processes on the machine can only add to it.
     assert min(seconds) < 0.5
 
 

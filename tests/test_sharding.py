@@ -53,6 +53,8 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, words):
 def test_logical_axes_become_mesh_axes():
     shape = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
     assert spec(("layers", "embed", "mlp"), (3, 32, 48), shape) == P(None, "fsdp", "tensor")
+    over_tokens = shape | {"context": 4}
+    assert spec(("embed", "mlp"), (32, 48), over_tokens) == P(("fsdp", "context"), "tensor")
     assert spec(("batch", "sequence", None), (8, 5, 9), shape) == P(("data", "fsdp"), None, None)
 
 

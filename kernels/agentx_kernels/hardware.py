@@ -18,6 +18,7 @@ class Hardware:
     hbm_bytes, hbm_bandwidth: main memory, in bytes and bytes a second.
     vmem_bytes: what one core's kernel can address on chip: a TPU core's VMEM, the shared memory of
       a GPU's multiprocessor, 0 for a CPU, whose caches nobody addresses.
+    sparse_cores: of a TPU, cores beside those that compute, which can move data between devices.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Hardware:
     hbm_bytes: int
     hbm_bandwidth: float
     vmem_bytes: int
+    sparse_cores: int = 0
 
 
 _KIB = 1024
@@ -36,9 +38,9 @@ _TABLE = {
     spec.name: spec
     for spec in (
         Hardware("v5e", "tpu", 197e12, 16 * _GIB, 819e9, 128 * _MIB),
-        Hardware("v5p", "tpu", 459e12, 95 * _GIB, 2765e9, 64 * _MIB),
-        Hardware("v6e", "tpu", 918e12, 32 * _GIB, 1640e9, 128 * _MIB),
-        Hardware("tpu7x", "tpu", 1153.5e12, 96 * _GIB, 3690e9, 64 * _MIB),
+        Hardware("v5p", "tpu", 459e12, 95 * _GIB, 2765e9, 64 * _MIB, 4),
+        Hardware("v6e", "tpu", 918e12, 32 * _GIB, 1640e9, 128 * _MIB, 2),
+        Hardware("tpu7x", "tpu", 1153.5e12, 96 * _GIB, 3690e9, 64 * _MIB, 2),
         Hardware("h100", "gpu", 989e12, 80 * _GIB, 3350e9, 227 * _KIB),
         Hardware("h200", "gpu", 989e12, 141 * _GIB, 4800e9, 227 * _KIB),
         # One server core or two: the order of magnitude is all that the CPU path asks for.
@@ -63,17 +65,35 @@ def check_hardware(given: object) -> None:
         )
 
 
-# Without these XLA for TPU gathers first and computes after; with them a gather is moved along by
-# the fusions that run meanwhile. Names are libtpu's own.
-_BESIDE_COMPUTATION = (
-    "xla_enable_async_all_gather",
-    "xla_tpu_enable_async_collective_fusion",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps",
-    "xla_tpu_overlap_compute_collective_tc",
-)
+# Without these XLA for TPU moves data first and computes after. Names are libtpu's own.
+_BESIDE_COMPUTATION = {
+    "xla_enable_async_all_gather": True,
+    # Of small arrays it would make sums, in which all but one device have zeros.
+    "xla_tpu_prefer_async_allgather_to_allreduce": True,
+}
+# What gathers is moved along by the fusions that run meanwhile.
+_BY_FUSIONS = {
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+}
+# Sparse cores gather and sum up. The last three are how they must run for that; switched on
+# without them they cost throughput, by public recipes for MaxText.
+_BY_SPARSE_CORES = {
+    "xla_tpu_enable_async_all_to_all": True,  # on v5e the compiler has none
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_use_tc_device_shape_on_sc": True,
+    "xla_sc_disable_megacore_partitioning": True,
+    "xla_sc_enable_instruction_fusion": False,
+}
 
 
 def compiler_options(hardware: Hardware) -> dict[str, bool]:
     """What `jax.jit(f, compiler_options=...)` needs for collectives to run beside computation."""
-    return dict.fromkeys(_BESIDE_COMPUTATION, True) if hardware.platform == "tpu" else {}
+    if hardware.platform != "tpu":
+        return {}
+    return _BESIDE_COMPUTATION | (_BY_SPARSE_CORES if hardware.sparse_cores else _BY_FUSIONS)

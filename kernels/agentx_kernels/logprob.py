@@ -39,7 +39,7 @@ class VocabularySplit:
     """The axes of a mesh over which the arrays lie.
 
     rows, tokens: what B and S are split over. vocab: what V is. embed: what D of the embedding is,
-    which is gathered for the product; they must be among those of the rows.
+    which is gathered for the product; they must be among those of the rows and tokens.
     """
 
     rows: tuple[str, ...]
@@ -48,10 +48,10 @@ class VocabularySplit:
     embed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not set(self.embed) <= set(self.rows):
+        if not set(self.embed) <= {*self.rows, self.tokens}:
             raise ValueError(
                 f"the embedding is split over {self.embed}, which must be among the axes of the "
-                f"rows, {self.rows}"
+                f"rows and tokens, {(*self.rows, self.tokens)}"
             )
 
 
@@ -214,17 +214,16 @@ def _gradients(
     if split is not None:
         dhidden_TD = lax.psum(dhidden_TD, split.vocab)
         others = [axis for axis in (*split.rows, split.tokens) if axis not in split.embed]
-        for axis in split.embed:
-            dembedding_VD = lax.psum_scatter(dembedding_VD, axis, scatter_dimension=1, tiled=True)
+        dembedding_VD = lax.psum_scatter(
+            dembedding_VD, split.embed, scatter_dimension=1, tiled=True
+        )
         dembedding_VD = lax.psum(dembedding_VD, others)
     return dhidden_TD.astype(dtype).reshape(hidden_BSD.shape), dembedding_VD.astype(dtype)
 
 
 def _gathered(embedding_VD: Array, split: VocabularySplit) -> Array:
     """The device's part of the vocabulary, of the whole D."""
-    for axis in reversed(split.embed):
-        embedding_VD = lax.all_gather(embedding_VD, axis, axis=1, tiled=True)
-    return embedding_VD
+    return lax.all_gather(embedding_VD, split.embed, axis=1, tiled=True)
 
 
 def _offset(embedding_VD: Array, split: VocabularySplit) -> Array:

@@ -6,7 +6,7 @@ below, ...its arguments}; one goes out, {"facts": {...}} or {"error": what the c
 A new program is a function here that returns what `compiled` does, and a test that asks for it.
 
 Legend: B rows, S tokens a row, N heads, K KV heads, H head size of q and k, Hv of v, D model,
-F feed-forward, L layers, V vocabulary.
+L layers, V vocabulary.
 """
 
 import dataclasses
@@ -48,25 +48,12 @@ def attention(
     return compiled(gradient, chip, mesh, *arrays, sinks, layout_of(mesh, length))
 
 
-def split_over_devices(chip, topology, length, tensor, ulysses, ring, heads=32, kv_heads=8):
-    """Forward and backward of rows whose heads lie over `tensor` devices and tokens over 8."""
-    mesh = mesh_of(topology, tensor, 8)
-    split = dataclasses.replace(SPLIT, ulysses=ulysses, ring=ring)
-
-    def loss(q, k, v, layout):
-        plan = make_split_plan(layout, split, hardware=hardware(chip))
-        o = split_attention(q, k, v, plan=plan, hardware=hardware(chip))
-        return o.astype(jnp.float32).sum()
-
-    arrays = qkv(mesh, length, heads, kv_heads, 128, 128, "bfloat16")
-    return compiled(jax.grad(loss, (0, 1, 2)), chip, mesh, *arrays, layout_of(mesh, length))
-
-
 def logprobs(chip, topology, length, size, vocab_size, context=1, tensor=1, dtype="bfloat16"):
     """Log-probabilities forward and backward, over a slice or over one device if all axes are 1."""
     is_split = context * tensor > 1
     mesh = mesh_of(topology, tensor, context, num_devices=None if is_split else 1)
-    split = VocabularySplit(rows=("data",), tokens="context", vocab="tensor", embed=("data",))
+    embed = "data", "context"
+    split = VocabularySplit(rows=("data",), tokens="context", vocab="tensor", embed=embed)
 
     def loss(hidden, embedding, targets):
         logprob, _ = token_logprobs(
@@ -81,39 +68,41 @@ def logprobs(chip, topology, length, size, vocab_size, context=1, tensor=1, dtyp
 
     rows = mesh.shape["data"]
     hidden = on(mesh, (rows, length, size), dtype, "data", "context")
-    embedding = on(mesh, (vocab_size, size), dtype, "tensor", "data")
+    embedding = on(mesh, (vocab_size, size), dtype, "tensor", embed)
     targets = on(mesh, (rows, length), "int32", "data", "context")
     return compiled(jax.grad(loss, (0, 1)), chip, mesh, hidden, embedding, targets)
 
 
-def layers(chip, topology, length):
-    """Two scanned layers, weights split over rows' devices and tokens over 8: there is something to
-    compute while each array is gathered."""
+def layers(chip, topology, length, ulysses, ring):
+    """Two scanned layers of attention forward and backward, weights split over all devices and
+    tokens over 8: there is something to compute while each array is on its way."""
     mesh = mesh_of(topology, 1, 8)
-    D, F, N, K, H, L = 1024, 4096, 8, 2, 128, 2
+    split = dataclasses.replace(SPLIT, ulysses=ulysses, ring=ring)
+    D, N, K, H, L = 1024, 8, 8, 128, 2
+    embed = "data", "context"
     shapes = {
-        "q": ((L, D, N, H), (None, "data")),
-        "k": ((L, D, K, H), (None, "data")),
-        "v": ((L, D, K, H), (None, "data")),
-        "out": ((L, N, H, D), (None, None, None, "data")),
-        "up": ((L, D, F), (None, "data")),
-        "down": ((L, F, D), (None, None, "data")),
+        "q": ((L, D, N, H), (None, embed)),
+        "k": ((L, D, K, H), (None, embed)),
+        "v": ((L, D, K, H), (None, embed)),
+        "out": ((L, N, H, D), (None, None, None, embed)),
     }
     weights = {name: on(mesh, shape, "bfloat16", *axes) for name, (shape, axes) in shapes.items()}
     x_BSD = on(mesh, (mesh.shape["data"], length, D), "bfloat16", "data", "context")
 
-    def run(weights, x_BSD, layout):
-        plan = make_split_plan(layout, SPLIT, hardware=hardware(chip))
+    def loss(weights, x_BSD, layout):
+        plan = make_split_plan(layout, split, hardware=hardware(chip))
 
+        @jax.checkpoint
         def layer(x_BSD, w):
             q, k, v = (jnp.einsum("bsd,dnh->bsnh", x_BSD, w[name]) for name in "qkv")
             o_BSNH = split_attention(q, k, v, plan=plan, hardware=hardware(chip))
-            x_BSD += jnp.einsum("bsnh,nhd->bsd", o_BSNH, w["out"])
-            return x_BSD + jax.nn.silu(x_BSD @ w["up"]) @ w["down"], None
+            return x_BSD + jnp.einsum("bsnh,nhd->bsd", o_BSNH, w["out"]), None
 
-        return lax.scan(layer, x_BSD, weights)[0]
+        return lax.scan(layer, x_BSD, weights)[0].astype(jnp.float32).sum()
 
-    return compiled(run, chip, mesh, weights, x_BSD, layout_of(mesh, length))
+    placed = {name: x.sharding for name, x in weights.items()}
+    gradient = jax.jit(jax.grad(loss), out_shardings=placed)
+    return compiled(gradient, chip, mesh, weights, x_BSD, layout_of(mesh, length))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -165,49 +154,66 @@ def compiled(f, chip, mesh, *arguments):
 
 def collectives(text):
     """Of every collective that the program runs: its kind, the bytes it makes on a device, and
-    whether it is in flight while something is computed.
+    what is computed while it is in flight.
 
     A scheduled module lists each computation in the order in which it runs. The TPU has collectives
-    in flight in two forms: X-start ... X-done, and a fusion that is called async-collective-start
-    ... -done, with fusions that compute and move it along between. Within a fusion the collective
-    stands once more; only what the module's own computations run is looked at.
+    in flight in three forms: X-start ... X-done; call-start ... call-done of a computation that the
+    sparse cores run; and a fusion that is called async-collective-start ... -done, with fusions
+    that compute and move it along between. Within what is called the collective stands once more;
+    only what the module's own computations run is looked at.
     """
-    found, in_flight, in_fusion, kinds = [], {}, None, {}
-    for line in text.splitlines():
-        opened = re.match(r"(?:ENTRY )?%(\S+) \(.*\{$", line)
-        if opened:
-            in_fusion = opened[1] if re.search("fus(ed|ion)", opened[1]) else None
-        collective = re.search(rf" ({COLLECTIVE})(-start|-done)?\(", line)
-        if in_fusion:
-            if collective:
-                kinds[in_fusion] = collective[1]
-            continue
-        name = re.match(r"\s*(?:ROOT )?%(\S+) = (.*?) [\w-]+\(", line)
+    called, run = _computations(text)
+    found, in_flight = [], {}
+    for line in run:
+        name = re.match(r"\s*(?:ROOT )?%(\S+) = (.*?) ([\w-]+)\(", line)
         if not name:
             continue
-        fused = re.match(r"async-collective-(start|done)([.\d]*)$", name[1])
-        if "start" in (fused and fused[1], collective and (collective[2] or "")[1:]):
-            called = re.search(r"calls=%([\w.-]+)", line)
-            one = {
-                "kind": kinds[called[1]] if fused else collective[1],
-                "bytes": max(sizes(name[2])),
-                "beside": [],
-            }
-            in_flight[fused[2] if fused else name[1]] = one
-            found.append(one)
-        elif fused:
+        name, shapes, operation = name.groups()
+        callee = re.search(r"(?:calls|to_apply)=%([\w.-]+)", line)
+        kind = re.match(COLLECTIVE, operation)
+        fused = re.match(r"async-collective-(start|done)([.\d]*)$", name)
+        if kind:
+            kind = kind[0]
+        elif fused or operation == "call-start" or name.startswith("all-reduce-scatter"):
+            kind = called.get(callee[1])
+        if operation.endswith("-done") and not fused:
+            in_flight.pop(re.search(r"\(%([\w.-]+)", line)[1], None)  # a copy's is not here
+        elif fused and fused[1] == "done":
             del in_flight[fused[2]]
-        elif collective and collective[2] == "-done":
-            del in_flight[re.search(r"-done\(%([\w.-]+)", line)[1]]
-        elif collective:
-            found.append({"kind": collective[1], "bytes": max(sizes(name[2])), "beside": []})
-        elif re.search(r" (fusion|custom-call|convolution|dot|while)\(", line):
+        elif kind:
+            is_started = bool(fused) or operation.endswith("-start")
+            # One that is started lists what goes in beside what comes out.
+            size = (max if is_started else sum)(sizes(shapes))
+            one = {"kind": kind, "bytes": size, "beside": []}
+            found.append(one)
+            if is_started:
+                in_flight[fused[2] if fused else name] = one
+        elif operation in COMPUTES and "AsyncCall" not in line:
             for one in in_flight.values():
-                one["beside"].append(name[1])
+                one["beside"].append(name)
     assert not in_flight, f"{sorted(in_flight)} are started and not done"
     return found
 
 
+def _computations(text):
+    """The collective of every computation that a fusion or the sparse cores run, by its name; and
+    the lines of all others."""
+    called, run, name, lines = {}, [], None, []
+    for line in text.splitlines():
+        opened = re.match(r"(?:ENTRY )?%(\S+) \(.*\{$", line)
+        if opened:
+            name, lines = opened[1], []
+        elif not line.startswith("}"):
+            lines.append(line)
+        elif "execution_thread" in line or re.search("fus(ed|ion)", name):
+            kinds = re.findall(rf" ({COLLECTIVE})(?:-start)?\(", "\n".join(lines))
+            called |= dict.fromkeys([name] if kinds else [], *kinds[:1])
+        else:
+            run += lines
+    return called, run
+
+
+COMPUTES = "fusion", "custom-call", "convolution", "dot", "while"
 COLLECTIVE = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 

@@ -21,7 +21,7 @@ def test_log_probabilities_of_8k_tokens_compile_and_fit(facts, chip, topology, s
 
 @pytest.mark.parametrize("length", [2**17, 2**20])
 def test_log_probabilities_of_long_rows_compile_and_fit_a_slice(facts, length):
-    """Tokens over eight devices, the vocabulary over two, and D over four."""
+    """Tokens over eight devices, the vocabulary over two, and D over the 32 of rows and tokens."""
     shape = {"size": 4096, "vocab_size": 128_256, "context": 8, "tensor": 2}
     compiled = facts("logprobs", chip="v5p", topology="v5p:4x4x4", length=length, **shape)
     assert compiled["needed_bytes"] <= compiled["hbm_bytes"]

@@ -1,5 +1,6 @@
 """Log-probabilities on every path against the float64 oracle, on one device and on eight."""
 
+import dataclasses
 import functools
 import math
 
@@ -16,7 +17,7 @@ from agentx_kernels.hardware import hardware
 from agentx_kernels.logits import LogitBlocks
 from agentx_kernels.logprob import VocabularySplit, token_logprobs
 
-SPLIT = VocabularySplit(("data",), "context", "tensor", embed=("data",))
+SPLIT = VocabularySplit(("data",), "context", "tensor", embed=("data", "context"))
 
 # How each path is run here: with several blocks of tokens and columns, and tails of both.
 PATHS = {
@@ -178,13 +179,13 @@ def test_a_target_outside_the_vocabulary_has_no_probability(path):
     assert np.isfinite(logprob[0, 2:]).all()
 
 
-def placed(mesh, hidden, embedding, targets, cotangent):
+def placed(mesh, split, hidden, embedding, targets, cotangent):
     def place(x, *axes):
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
     return (
         place(hidden, "data", "context"),
-        place(embedding, "tensor", "data"),
+        place(embedding, "tensor", split.embed),
         place(targets, "data", "context"),
         place(cotangent, "data", "context"),
     )
@@ -196,27 +197,34 @@ def mesh_of(*sizes):
 
 
 @pytest.mark.parametrize(
-    ("path", "sizes"),
-    [("xla", (2, 2, 2)), ("xla", (1, 1, 8)), ("xla", (4, 2, 1)), ("tpu", (2, 2, 2))],
+    ("path", "sizes", "embed"),
+    [
+        ("xla", (2, 2, 2), ("data", "context")),
+        ("xla", (2, 2, 2), ("data",)),
+        ("xla", (1, 4, 2), ("context",)),
+        ("xla", (1, 1, 8), ()),
+        ("xla", (4, 2, 1), ("data", "context")),
+        ("tpu", (2, 2, 2), ("data", "context")),
+    ],
 )
-def test_eight_devices_give_what_one_gives(path, sizes):
-    mesh = mesh_of(*sizes)
+def test_eight_devices_give_what_one_gives(path, sizes, embed):
+    mesh, split = mesh_of(*sizes), dataclasses.replace(SPLIT, embed=embed)
     batch, length, size, vocab = {"xla": (4, 20, 8, 48), "tpu": (2, 60, 64, 304)}[path]
     arrays = inputs((batch, length, size, vocab))
     # Of the first device of the vocabulary, of the last, and on the border between two.
     arrays[2][0, :4] = 0, vocab - 1, vocab // 2 - 1, vocab // 2
     given_ = {"softcap": 3.0, "temperature": 0.7}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        got = with_gradients(*placed(mesh, *arrays), **PATHS[path], **given_, split=SPLIT)
+        got = with_gradients(*placed(mesh, split, *arrays), **PATHS[path], **given_, split=split)
     assert_close(got, oracle(*arrays, **given_))
     assert got[3].sharding.is_equivalent_to(
-        NamedSharding(mesh, PartitionSpec("tensor", "data")), ndim=2
+        NamedSharding(mesh, PartitionSpec("tensor", embed)), ndim=2
     )
 
 
 def test_over_a_mesh_only_the_embedding_is_gathered_and_gradients_go_over_it_once():
     mesh = mesh_of(2, 2, 2)
-    arrays = placed(mesh, *inputs((4, 2048, 16, 4096)))
+    arrays = placed(mesh, SPLIT, *inputs((4, 2048, 16, 4096)))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = _with_gradients.lower(
             *arrays, token_logprobs, (*PATHS["xla"].items(), ("split", SPLIT))
@@ -284,5 +292,5 @@ def test_what_the_kernels_for_tpu_lack_is_refused_in_one_sentence():
 
 
 def test_an_embedding_split_over_other_axes_than_the_rows_is_refused():
-    with pytest.raises(ValueError, match="must be among the axes of the rows"):
+    with pytest.raises(ValueError, match="must be among the axes of the rows and tokens"):
         VocabularySplit(("data",), "context", "tensor", embed=("expert",))
