@@ -4,12 +4,12 @@
 
 Compiles the project's own step ahead of time, for the shape of Llama 3.1 8B: parameters and
 AdamW's moments in float32, activations in bfloat16, each layer computed again in the backward. The
-tokens of a row are split over `context` devices; parameters and rows over the rest (fsdp), a row
-for each. A v5p-64 is 64 cores, which are 32 chips: 2x4x4, and JAX sees a device a chip.
+tokens of a row are split over `context` devices, rows over the rest (fsdp), a row for each, and
+parameters over all. A v5p-64 is 64 cores, which are 32 chips: 2x4x4, and JAX sees a device a chip.
 
-Prints a row of Markdown for each length as soon as it is compiled, some minutes each: GB a device
-for the state and batch, for what is temporary, and together, as `memory_analysis` counts them;
-whether that fits; and last the longest row that does, of the powers of two. Needs libtpu
+Prints a row of Markdown for each length as soon as it is compiled, a minute or two each: GB a
+device for the state and batch, for what is temporary, and together, as `memory_analysis` counts
+them; whether that fits; and last the longest row that does, of the powers of two. Needs libtpu
 (agentx_kernels.ahead).
 """
 

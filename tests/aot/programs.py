@@ -92,7 +92,7 @@ def layers(chip, topology, length, ulysses, ring):
     def loss(weights, x_BSD, layout):
         plan = make_split_plan(layout, split, hardware=hardware(chip))
 
-        @jax.checkpoint
+        @jax.checkpoint  # as the trainer does for long rows
         def layer(x_BSD, w):
             q, k, v = (jnp.einsum("bsd,dnh->bsnh", x_BSD, w[name]) for name in "qkv")
             o_BSNH = split_attention(q, k, v, plan=plan, hardware=hardware(chip))
