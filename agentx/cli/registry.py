@@ -11,6 +11,11 @@ from collections.abc import Iterable
 REGISTRY = {
     "TrainConfig": "agentx.train.TrainConfig",
     "ModelConfig": "agentx.model.config.ModelConfig",
+    "LinearRope": "agentx.model.rope.LinearRope",
+    "DynamicRope": "agentx.model.rope.DynamicRope",
+    "YarnRope": "agentx.model.rope.YarnRope",
+    "Llama3Rope": "agentx.model.rope.Llama3Rope",
+    "LongRope": "agentx.model.rope.LongRope",
     "OptimizerConfig": "agentx.optim.OptimizerConfig",
     "MeshConfig": "agentx.sharding.MeshConfig",
     "NextTokenLoss": "agentx.losses.NextTokenLoss",

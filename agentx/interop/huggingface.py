@@ -10,6 +10,7 @@ Legend: L layers, D model, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from safetensors.numpy import save_file
 
 from agentx.interop.tokenizer_json import write_tokenizer
 from agentx.model.config import ModelConfig
+from agentx.model.rope import DynamicRope, LinearRope, Llama3Rope, LongRope, RopeScaling, YarnRope
 from agentx.model.transformer import abstract_transformer
 from agentx.tokenizer import Tokenizer
 
@@ -92,6 +94,46 @@ _SETTINGS = (
     ("norm_eps", "rms_norm_eps"),
     ("max_length", "max_position_embeddings"),
 )
+
+# What config.json calls each kind of RoPE's scaling; and its numbers, ours and theirs. A number
+# that config.json leaves out has our default. Dynamic scaling has its original length in
+# max_position_embeddings.
+_ROPES: dict[str, tuple[type[RopeScaling], dict[str, str]]] = {
+    "linear": (LinearRope, {"factor": "factor"}),
+    "dynamic": (DynamicRope, {"factor": "factor"}),
+    "yarn": (
+        YarnRope,
+        {
+            "factor": "factor",
+            "original_length": "original_max_position_embeddings",
+            "beta_fast": "beta_fast",
+            "beta_slow": "beta_slow",
+            "attention_factor": "attention_factor",
+            "mscale": "mscale",
+            "mscale_all_dim": "mscale_all_dim",
+            "truncate": "truncate",
+        },
+    ),
+    "llama3": (
+        Llama3Rope,
+        {
+            "factor": "factor",
+            "original_length": "original_max_position_embeddings",
+            "low_freq_factor": "low_freq_factor",
+            "high_freq_factor": "high_freq_factor",
+        },
+    ),
+    "longrope": (
+        LongRope,
+        {
+            "short_factor": "short_factor",
+            "long_factor": "long_factor",
+            "original_length": "original_max_position_embeddings",
+            "factor": "factor",
+            "attention_factor": "attention_factor",
+        },
+    ),
+}
 
 
 def export_huggingface(
@@ -295,8 +337,58 @@ def _config_json(config: ModelConfig) -> dict[str, Any]:
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **{theirs: getattr(config, ours) for ours, theirs in _SETTINGS},
+        **_rope_json(config),
         **family.constants,
     }
+
+
+def _rope_json(config: ModelConfig) -> dict[str, Any]:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {}
+    ((kind, names),) = [
+        (kind, names) for kind, (cls, names) in _ROPES.items() if cls is type(scaling)
+    ]
+    numbers = {theirs: getattr(scaling, ours) for ours, theirs in names.items()}
+    given = {name: number for name, number in numbers.items() if number is not None}
+    about: dict[str, Any] = {"rope_scaling": {"rope_type": kind, **given}}
+    if isinstance(scaling, DynamicRope):
+        about["max_position_embeddings"] = scaling.original_length
+    return about
+
+
+def _rope_scaling(about: Mapping[str, Any], folder: Path) -> RopeScaling | None:
+    """Of a config.json, in the form of transformers 5 (`rope_parameters`) or of those before."""
+    given = dict(about.get("rope_parameters") or about.get("rope_scaling") or {})
+    kind = given.pop("rope_type", None) or given.pop("type", "default")
+    given = {name: value for name, value in given.items() if value is not None}
+    given.pop("type", None)
+    given.pop("rope_theta", None)
+    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{folder}: heads of which a part is rotated cannot be read")
+    if kind == "default":
+        return None
+    if kind not in _ROPES:
+        raise ValueError(
+            f"{folder}: rope_type is {kind!r}; only {', '.join(_ROPES)} and default can be read"
+        )
+    cls, names = _ROPES[kind]
+    length = about["max_position_embeddings"]
+    if "original_length" in names:
+        original = about.get("original_max_position_embeddings", length)
+        given.setdefault("original_max_position_embeddings", original)
+    surplus = sorted(given.keys() - set(names.values()))
+    if surplus:
+        raise ValueError(f"{folder}: {surplus[0]} is no number of rope_type {kind!r}")
+    numbers = {ours: given[theirs] for ours, theirs in names.items() if theirs in given}
+    numbers = {name: tuple(x) if isinstance(x, list) else x for name, x in numbers.items()}
+    if cls is DynamicRope:
+        numbers["original_length"] = length
+    required = (x.name for x in dataclasses.fields(cls) if x.default is dataclasses.MISSING)
+    for name in required:
+        if name not in numbers:
+            raise ValueError(f"{folder}: rope_type {kind!r} lacks {names[name]}")
+    return cls(**numbers)
 
 
 def _model_config(folder: Path) -> ModelConfig:
@@ -310,16 +402,14 @@ def _model_config(folder: Path) -> ModelConfig:
         if about.get(name, value) != value:
             raise ValueError(f"{folder}: {name} is {about[name]!r}; only {value!r} can be read")
     rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
-    kind = rope.get("rope_type", "default")
-    if kind != "default":
-        raise ValueError(f"{folder}: rope_type is {kind!r}; only 'default' can be read")
     about = {**about, **{k: v for k, v in rope.items() if k == "rope_theta"}}
     about.setdefault("head_dim", about["hidden_size"] // about["num_attention_heads"])
     missing = [theirs for _, theirs in _SETTINGS if theirs not in about]
     if missing:
         raise ValueError(f"{folder / 'config.json'} lacks {missing[0]}")
     settings = {ours: about[theirs] for ours, theirs in _SETTINGS}
-    return ModelConfig(**settings, qk_norm=family is QWEN3)
+    scaling = _rope_scaling(about, folder)
+    return ModelConfig(**settings, rope_scaling=scaling, qk_norm=family is QWEN3)
 
 
 def _write_json(path: Path, about: Mapping[str, Any]) -> None:

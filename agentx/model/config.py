@@ -11,6 +11,8 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 
+from agentx.model.rope import RopeScaling
+
 Remat = Literal["none", "dots", "full"]
 Init = Literal["normal", "copy"]
 ContextParallel = Literal["auto", "all_gather", "ulysses", "ring", "usp"]
@@ -24,7 +26,9 @@ class ModelConfig:
     qk_norm: RMS-normalise every head of the queries and keys before the rotation.
     tie_embeddings: the unembedding is the embedding.
     logit_softcap: cap of the logits, cap * tanh(logits / cap), as in Gemma 2; None for none.
-    rope_theta: the base of the rotation's wavelengths. norm_eps: added to the mean square.
+    rope_theta: the base of the rotation's wavelengths. rope_scaling: how they are changed for long
+      rows (LinearRope, DynamicRope, YarnRope, Llama3Rope, LongRope); None for not at all.
+    norm_eps: added to the mean square.
     max_length: the most tokens a row may hold; what caches and data are checked against.
     init: how fresh parameters are drawn: "normal", or "copy" (see `layers.copying_output`), with
       which small models learn to copy from their context several times sooner.
@@ -49,6 +53,7 @@ class ModelConfig:
     qk_norm: bool = True
     tie_embeddings: bool = True
     rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     max_length: int = 2048
     init: Init = "normal"
@@ -83,6 +88,8 @@ class ModelConfig:
                 f"rope_theta must be above 1 and norm_eps above 0, not {self.rope_theta} and "
                 f"{self.norm_eps}"
             )
+        if self.rope_scaling is not None:  # raises where it does not fit the head
+            self.rope_scaling.frequencies(self.rope_theta, self.head_dim, self.max_length)
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16", "float64"):
                 raise ValueError(

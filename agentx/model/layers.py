@@ -117,12 +117,20 @@ class RMSNorm(nnx.Module):
 def rotation(position_BS: Array, config: ModelConfig) -> tuple[Array, Array]:
     """Cosines and sines of RoPE's angles, [B, S, H / 2] in f32 (Su et al., 2021).
 
-    Pair i of a head turns by position * theta^(-2i / H); the pairs are (i, i + H / 2).
+    Pair i of a head turns by position * theta^(-2i / H), or as `config.rope_scaling` changes that;
+    the pairs are (i, i + H / 2).
     """
     dtype = jnp.promote_types(config.compute_dtype, jnp.float32)
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim
-    angle = position_BS[..., None].astype(dtype) / config.rope_theta**exponent
-    return jnp.cos(angle), jnp.sin(angle)
+    position_BS1 = position_BS[..., None].astype(dtype)
+    if config.rope_scaling is None:
+        exponent = jnp.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim
+        angle = position_BS1 / config.rope_theta**exponent
+        return jnp.cos(angle), jnp.sin(angle)
+    frequencies, factor = config.rope_scaling.frequencies(
+        config.rope_theta, config.head_dim, config.max_length
+    )
+    angle = position_BS1 * jnp.asarray(frequencies, dtype)
+    return factor * jnp.cos(angle), factor * jnp.sin(angle)
 
 
 def rotate(x_BSNH: Array, turn: tuple[Array, Array]) -> Array:
