@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_interop import LLAMA, TOKENIZER, edit_config, make_model, our_logits
+from test_model import decode, forward
 
 from agentx.interop.huggingface import export_huggingface, import_huggingface
+from agentx.model.cache import init_cache
 from agentx.model.config import ModelConfig
 from agentx.model.rope import DynamicRope, LinearRope, Llama3Rope, LongRope, YarnRope, unscaled
+from agentx_kernels.layout import causal
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -57,6 +60,19 @@ def test_transformers_computes_the_same_logits_past_the_original_length(exported
     unlike = dataclasses.replace(config, rope_scaling=None)
     other = make_model(unlike)
     assert np.abs(np.asarray(our_logits(other, jnp.asarray(tokens))) - wanted).max() > 1e-2
+
+
+def test_decoding_past_the_original_length_equals_the_full_forward(exported):
+    config, model, _ = exported
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 48), np.int32)
+    full = forward(model, tokens, causal(2, 48))
+    at, cache = 0, init_cache(config, 2, 48)
+    for pieces in (20, 11, 1, 1, 15):  # over the original length by one token at a time
+        lengths = jnp.array([pieces, pieces])
+        hidden, cache = decode(model, tokens[:, at : at + pieces], cache, lengths)
+        np.testing.assert_allclose(hidden, full[:, at : at + pieces], atol=1e-4)
+        at += pieces
+    assert at == 48 > ORIGINAL
 
 
 def test_what_is_exported_is_imported_as_the_same_config(exported):
