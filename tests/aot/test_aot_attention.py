@@ -46,6 +46,10 @@ def test_layers_of_a_million_tokens_fit_a_slice_and_move_data_while_they_compute
     for kind in kinds:
         of_kind = [each for each in collectives if each["kind"] == kind]
         assert num_bytes(beside(of_kind)) > num_bytes(of_kind) / 2, of_kind
+    if ring:  # what travels does so while attention is computed
+        travels = [each for each in collectives if each["kind"] == "collective-permute"]
+        attended = [each for each in travels if any("attention" in name for name in each["beside"])]
+        assert num_bytes(attended) > num_bytes(travels) / 2, travels
 
 
 def beside(collectives):
