@@ -77,6 +77,11 @@ class YarnRope:
 
     def __post_init__(self) -> None:
         _check(self)
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"YarnRope: beta_slow must be above 0 and below beta_fast, not {self.beta_slow} "
+                f"and {self.beta_fast}"
+            )
 
     def frequencies(self, theta: float, head_dim: int, max_length: int) -> Frequencies:
         def pair(turns: float) -> float:
@@ -120,6 +125,11 @@ class Llama3Rope:
 
     def __post_init__(self) -> None:
         _check(self)
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"Llama3Rope: low_freq_factor must be above 0 and below high_freq_factor, not "
+                f"{self.low_freq_factor} and {self.high_freq_factor}"
+            )
 
     def frequencies(self, theta: float, head_dim: int, max_length: int) -> Frequencies:
         plain = unscaled(theta, head_dim)
@@ -146,6 +156,8 @@ class LongRope:
 
     def __post_init__(self) -> None:
         _check(self)
+        if not min(*self.short_factor, *self.long_factor) > 0:
+            raise ValueError("LongRope: short_factor and long_factor must be above 0")
 
     def frequencies(self, theta: float, head_dim: int, max_length: int) -> Frequencies:
         for name in ("short_factor", "long_factor"):
@@ -168,23 +180,10 @@ RopeScaling = LinearRope | DynamicRope | YarnRope | Llama3Rope | LongRope
 
 
 def _check(scaling: RopeScaling) -> None:
-    name = type(scaling).__name__
-    factor = scaling.factor
+    """What all kinds ask of the numbers that most of them have."""
+    name, factor = type(scaling).__name__, scaling.factor
     if factor is not None and not 1 <= factor < math.inf:
         raise ValueError(f"{name}: factor is {factor}; it must be 1 or more")
-    if not isinstance(scaling, LinearRope) and scaling.original_length < 2:
-        raise ValueError(f"{name}: original_length is {scaling.original_length}; it must be over 1")
-    if isinstance(scaling, Llama3Rope) and not (
-        0 < scaling.low_freq_factor < scaling.high_freq_factor
-    ):
-        raise ValueError(
-            f"{name}: low_freq_factor must be above 0 and below high_freq_factor, not "
-            f"{scaling.low_freq_factor} and {scaling.high_freq_factor}"
-        )
-    if isinstance(scaling, YarnRope) and not 0 < scaling.beta_slow < scaling.beta_fast:
-        raise ValueError(
-            f"{name}: beta_slow must be above 0 and below beta_fast, not {scaling.beta_slow} and "
-            f"{scaling.beta_fast}"
-        )
-    if isinstance(scaling, LongRope) and not min(*scaling.short_factor, *scaling.long_factor) > 0:
-        raise ValueError(f"{name}: short_factor and long_factor must be above 0")
+    original_length = getattr(scaling, "original_length", None)
+    if original_length is not None and original_length < 2:
+        raise ValueError(f"{name}: original_length is {original_length}; it must be over 1")
