@@ -3,8 +3,8 @@
 The learning rate warms up linearly and then stays, or decays over the rest of the run. Gradients
 are clipped to a global norm. AdamW, or Muon for the layers' matrices with AdamW for the rest.
 
-Parameters are `nnx.Variable`s with their axes' names: a matrix is one with two or more axes besides
-`layers`, so that a stack of vectors is not taken for one.
+Parameters are `nnx.Variable`s that say what they are (`model.parts.parameter`): a matrix is one
+that products or look-ups take, so that a stack of vectors is not taken for one.
 """
 
 from __future__ import annotations
@@ -140,25 +140,24 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     return learning_rate
 
 
-def _is_matrix(axes: tuple[str, ...]) -> bool:
-    return len([axis for axis in axes if axis != "layers"]) >= 2
+def _is_matrix(variable: nnx.Variable) -> bool:
+    """Whether it is what a product takes, or looked up from: no norm and no bias."""
+    axes = variable.get_metadata("axes")
+    return variable.get_metadata("num_inputs") > 0 or "vocab" in axes
 
 
-def _muon_dims(axes: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:
-    """Which axes of a stack of matrices go in and which come out; None for Adam's parameters.
-
-    What a product reads or writes is the residual stream, `embed`, on one side.
-    """
-    if "layers" not in axes or not _is_matrix(axes):
+def _muon_dims(variable: nnx.Variable) -> contrib.MuonDimensionNumbers | None:
+    """Which axes of a stack of matrices go in and which come out; None for Adam's parameters."""
+    num_inputs = variable.get_metadata("num_inputs")
+    if not num_inputs:
         return None
-    embed = axes.index("embed")
-    rest = tuple(i for i, axis in enumerate(axes) if axis not in ("layers", "experts", "embed"))
-    is_inwards = embed < rest[0]
-    return contrib.MuonDimensionNumbers(*((embed,), rest) if is_inwards else (rest, (embed,)))
+    axes = variable.get_metadata("axes")
+    rest = tuple(i for i, axis in enumerate(axes) if axis not in ("layers", "experts"))
+    return contrib.MuonDimensionNumbers(rest[:num_inputs], rest[num_inputs:])
 
 
 def _map_variables(function: Any, params: Any) -> Any:
-    """`params` with, in each variable, `function` of its axes in place of its array.
+    """`params` with, in each variable, `function` of it in place of its array.
 
     optax masks parameters by putting a MaskedNode into the variable; those stay as they are.
     """
@@ -167,7 +166,7 @@ def _map_variables(function: Any, params: Any) -> Any:
     values, structure = jax.tree.flatten(params, is_leaf=is_masked)
     assert len(variables) == len(values)
     mapped = [
-        value if is_masked(value) else function(variable.get_metadata("axes"))
+        value if is_masked(value) else function(variable)
         for variable, value in zip(variables, values, strict=True)
     ]
     return jax.tree.unflatten(structure, mapped)

@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "latent": (),
     "vocab": ("tensor",),
     "experts": ("expert",),
 }

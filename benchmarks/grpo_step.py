@@ -141,7 +141,7 @@ def run(size: str, steps: int | None = None) -> dict[str, Any]:
 
 
 def _down_projection(state: TrainState) -> np.ndarray:
-    return np.array(state.params["layers"]["mlp"]["w_down"][...][0])
+    return np.array(state.params["layers"][0]["mlp"]["w_down"][...][0])
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def llama_8b(length: int) -> ModelConfig:
         num_kv_heads=8,
         head_dim=128,
         d_ff=14336,
-        qk_norm=False,
+        qk_norm="none",
         tie_embeddings=False,
         rope_theta=5e5,
         norm_eps=1e-5,

@@ -23,6 +23,7 @@ import numpy as np
 from agentx.batch import Batch
 from agentx.host import prepare_cpu
 from agentx.losses import NextTokenLoss
+from agentx.model.sizes import train_flops_per_token
 from agentx.model.transformer import abstract_transformer
 from agentx.optim import make_optimizer
 from agentx.step import make_train_step
@@ -66,7 +67,7 @@ def run(size: str, steps: int | None = None) -> dict[str, Any]:
     num_tokens = work.train_rows * work.train_length
     tokens_per_s = num_tokens / float(np.median(step_s))
     ceiling = workload.matmul_gflops()
-    gflops = tokens_per_s * work.model.train_flops_per_token(work.train_length) / 1e9
+    gflops = tokens_per_s * train_flops_per_token(work.model, work.train_length) / 1e9
     return {
         "workload": "train",
         "size": size,

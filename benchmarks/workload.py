@@ -142,7 +142,7 @@ def make_weights(config: ModelConfig) -> dict[str, np.ndarray]:
         }
         for _ in range(config.num_layers)
     ]
-    weights = {f"layers.{name}": np.stack([layer[name] for layer in layers]) for name in layers[0]}
+    weights = {f"layers.0.{name}": np.stack([x[name] for x in layers]) for name in layers[0]}
     norms = {
         "attention_norm": d_model,
         "mlp_norm": d_model,
@@ -150,7 +150,7 @@ def make_weights(config: ModelConfig) -> dict[str, np.ndarray]:
         "attention.k_norm": head_dim,
     }
     for name, size in norms.items():
-        weights[f"layers.{name}.scale"] = np.ones((config.num_layers, size), np.float32)
+        weights[f"layers.0.{name}.scale"] = np.ones((config.num_layers, size), np.float32)
     weights["final_norm.scale"] = np.ones(d_model, np.float32)
     weights["embed"] = embed * np.float32(0.02)
     return weights

@@ -14,7 +14,7 @@ from agentx.cli.runs import load_run
 from agentx.data.objectives import NextToken, PlainText
 from agentx.data.store import TokenStore
 from agentx.env.base import Task
-from agentx.interop.huggingface import flatten_params
+from agentx.interop.tensors import flatten_params
 from agentx.losses import NextTokenLoss, PolicyGradientLoss
 from agentx.model import ModelConfig, abstract_transformer
 from agentx.optim import OptimizerConfig

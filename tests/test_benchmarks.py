@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from agentx.data.formats import TextDocument
+from agentx.model.sizes import num_params
 from agentx.model.transformer import abstract_transformer
 from benchmarks import copying, data, grpo_step, sample, tokenizing, train_step, workload
 
@@ -33,7 +34,7 @@ def test_a_training_benchmark_prints_one_line_with_its_fields():
     [line] = done.stdout.splitlines()
     result = json.loads(line)
     assert result["workload"] == "train"
-    assert result["params"] == TINY.model.num_params()
+    assert result["params"] == num_params(TINY.model)
     assert len(result["step_s_all"]) == 4
     assert result["tokens_per_s"] == pytest.approx(
         2 * 48 / np.median(result["step_s_all"]), rel=0.1
@@ -92,8 +93,8 @@ def test_weights_and_data_are_the_same_everywhere():
     assert weights["embed"][0, :2].tolist() == pytest.approx(
         [-0.0386116579, 0.0545178354], rel=1e-6
     )
-    assert weights["layers.mlp.w_down"][1, -1, -1] == pytest.approx(0.127329692, rel=1e-6)
-    assert sum(w.size for w in weights.values()) == TINY.model.num_params()
+    assert weights["layers.0.mlp.w_down"][1, -1, -1] == pytest.approx(0.127329692, rel=1e-6)
+    assert sum(w.size for w in weights.values()) == num_params(TINY.model)
     assert workload.ragged_budgets(workload.SIZES["small"])[:4] == [227, 122, 107, 153]
     tokens_BS, mask_BS = workload.train_batches(TINY)[1]
     assert tokens_BS[0, :4].tolist() == [5, 29, 52, 44]
@@ -107,8 +108,8 @@ def test_targets_of_the_training_benchmark_are_the_marked_tokens():
 
 
 def test_sizes_are_those_that_others_run():
-    assert workload.SIZES["small"].model.num_params() == 8_917_760
-    assert workload.SIZES["medium"].model.num_params() == 41_957_376
+    assert num_params(workload.SIZES["small"].model) == 8_917_760
+    assert num_params(workload.SIZES["medium"].model) == 41_957_376
 
 
 def test_the_copying_benchmark_weighs_only_what_can_be_copied():

@@ -14,6 +14,7 @@ from agentx.cli import config, registry
 from agentx.cli.annotations import describe
 from agentx.cli.config import ConfigError, load_config, save_config
 from agentx.cli.resolved import format_config
+from agentx.model.sizes import num_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,4 +379,4 @@ def test_every_model_file_that_is_shipped_loads():
     files = sorted(config.configs_folder().glob("models/*.gin"))
     assert files
     for file in files:
-        assert load_config(file, root="ModelConfig").num_params() > 0
+        assert num_params(load_config(file, root="ModelConfig")) > 0

@@ -14,7 +14,10 @@ ROWS, COLUMNS = 8, 32
 
 
 def stacked(cache) -> list[np.ndarray]:
-    return [np.stack([np.asarray(x) for x in of_layers]) for of_layers in cache]
+    """Keys and values, [L, B, K, S, H] each: of one place, or of each layer."""
+    return [
+        np.asarray(x[0]) if len(x) == 1 else np.stack([np.asarray(y) for y in x]) for x in cache
+    ]
 
 
 def run(separate: bool, mesh: MeshConfig, num_devices: int) -> dict[str, np.ndarray]:

@@ -103,7 +103,7 @@ def test_parameters_and_moments_are_born_sharded(name):
             array.size // 8,
             array.size // 4,
         }
-    up = state.params["layers"]["mlp"]["w_up"][...]
+    up = state.params["layers"][0]["mlp"]["w_up"][...]
     assert up.sharding.spec == P(None, "fsdp", "tensor")
     assert up.addressable_shards[0].data.shape == (2, 8, 24)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == up.shape]

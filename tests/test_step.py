@@ -226,7 +226,7 @@ def test_the_state_is_donated_and_its_shardings_stay():
     new_state, _ = step_of(GRPO, sizes)(state, random_batch())
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
     assert int(new_state.step) == 1
-    spec = new_state.params["layers"]["mlp"]["w_down"][...].sharding.spec
+    spec = new_state.params["layers"][0]["mlp"]["w_down"][...].sharding.spec
     assert spec == jax.sharding.PartitionSpec(None, "tensor", "fsdp")
     step_of(GRPO, sizes)(new_state, random_batch())
     assert step_of(GRPO, sizes).__wrapped__._cache_size() == 1
@@ -287,7 +287,7 @@ def test_weight_decay_shrinks_matrices_alone(name):
     params = initial_state(mesh()).params
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = jax.jit(transform.update)(zeros, transform.init(params), params)
-    layers, moved = params["layers"], updates["layers"]
+    layers, moved = params["layers"][0], updates["layers"][0]
     np.testing.assert_allclose(
         moved["mlp"]["w_up"][...], -0.1 * layers["mlp"]["w_up"][...], atol=1e-6
     )
@@ -305,7 +305,7 @@ def test_muon_orthogonalises_each_layer_s_matrix_by_itself():
     grads = jax.tree.map(lambda p: p.at[-1].multiply(1000), params)
     updates, _ = jax.jit(transform.update)(grads, transform.init(params), params)
     for name, inputs, outputs in (("w_q", 32, 32), ("w_k", 32, 16), ("w_o", 32, 32)):
-        for matrix in np.asarray(updates["layers"]["attention"][name][...]):
+        for matrix in np.asarray(updates["layers"][0]["attention"][name][...]):
             singular = np.linalg.svd(matrix.reshape(inputs, outputs), compute_uv=False)
             size = config.muon_rms * np.sqrt(max(inputs, outputs))
             # Five iterations leave all but the smallest near 1, give or take a third.

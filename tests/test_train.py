@@ -16,7 +16,7 @@ from agentx import checkpoint
 from agentx import train as driver
 from agentx.batch import Batch
 from agentx.cli.runs import load_run
-from agentx.interop.huggingface import flatten_params
+from agentx.interop.tensors import flatten_params
 from agentx.losses import PolicyGradientLoss
 from agentx.metrics import read_metrics
 from agentx.model import abstract_transformer

@@ -3,12 +3,14 @@
 A row has its own length: columns beyond it are free, whatever they hold. Under jit with the cache
 donated, or within a while_loop, `write` changes it in place.
 
-Legend: L layers, B rows, K KV heads, S columns, T new tokens, H head size, R rows of a fork.
+Legend: L layers of a place, B rows, K KV heads, S columns, T new tokens, H head size, R rows of a
+fork.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +22,14 @@ Array = jax.Array
 
 
 class KVCache(NamedTuple):
-    """k, v: [L, B, K, S, H], keys after rotation; or a list each, of L arrays [B, K, S, H].
+    """k, v: of each of `ModelConfig.places` [L, B, K, S, H], keys after rotation; or of each layer
+    [B, K, S, H]. What they hold, and their K and H, is `ModelConfig.cache_dims`'s to say.
 
     lengths: i32[B], the columns that a row uses.
     """
 
-    k: Any
-    v: Any
+    k: list[Array]
+    v: list[Array]
     lengths: Array
 
 
@@ -34,20 +37,29 @@ def init_cache(
     config: ModelConfig, batch: int, length: int, dtype: jnp.dtype | str | None = None
 ) -> KVCache:
     """An empty cache of `length` columns; `dtype` is the activations' by default."""
-    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     dtype = config.compute_dtype if dtype is None else jnp.dtype(dtype)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+    kv_heads, *sizes = config.cache_dims
+    k, v = (
+        [jnp.zeros((len(p.layers), batch, kv_heads, length, size), dtype) for p in config.places]
+        for size in sizes
+    )
+    return KVCache(k, v, jnp.zeros(batch, jnp.int32))
 
 
-def write(cache: KVCache, k_new: Array, v_new: Array, new_lengths: Array) -> KVCache:
+def write(
+    cache: KVCache, k_new: Sequence[Array], v_new: Sequence[Array], new_lengths: Array
+) -> KVCache:
     """Appends to row b, at its own length, the first new_lengths[b] of T new tokens.
 
-    k_new, v_new: [L, B, K, T, H], as `Transformer.decode` returns them. new_lengths: i32[B], from 0
-    to T. What does not fit into the row's columns is dropped, and does not count.
+    k_new, v_new: [L, B, K, T, H] of each place, as `Transformer.decode` returns them. new_lengths:
+    i32[B], from 0 to T. What does not fit into the row's columns is dropped, and does not count.
     """
-    num_new, columns = k_new.shape[3], cache.k.shape[3]
+    num_new, columns = k_new[0].shape[3], cache.k[0].shape[3]
     column_BT = new_columns(cache.lengths, new_lengths, num_new, columns)
-    k, v = write_columns(cache.k, k_new, column_BT), write_columns(cache.v, v_new, column_BT)
+    k, v = (
+        [write_columns(old, new, column_BT) for old, new in zip(before, after, strict=True)]
+        for before, after in ((cache.k, k_new), (cache.v, v_new))
+    )
     return KVCache(k, v, jnp.minimum(cache.lengths + new_lengths, columns))
 
 
@@ -89,4 +101,5 @@ def write_columns(old: Array, new: Array, column_BT: Array) -> Array:
 
 def fork(cache: KVCache, rows: Array) -> KVCache:
     """A cache of R rows, row r a copy of row rows[r]; rows i32[R]."""
-    return KVCache(cache.k[:, rows], cache.v[:, rows], cache.lengths[rows])
+    k, v = ([x[:, rows] for x in each] for each in (cache.k, cache.v))
+    return KVCache(k, v, cache.lengths[rows])

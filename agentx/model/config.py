@@ -1,4 +1,8 @@
-"""What a model is, in numbers. Enters: sizes. Leaves: a checked, hashable `ModelConfig`.
+"""What a model is, in numbers and kinds. Enters: sizes. Leaves: a checked, hashable `ModelConfig`.
+
+A decoder is a stack of layers of few kinds. What all layers share stands in `ModelConfig` itself;
+what changes from layer to layer does so by patterns, and `ModelConfig.stacks` cuts the layers into
+runs that repeat a pattern, which the model scans over.
 
 Legend: B rows, S tokens a row, N heads, K KV heads, H head size, D model, F feed-forward,
 V vocabulary, L layers.
@@ -7,30 +11,103 @@ V vocabulary, L layers.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+import functools
+import math
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 
-from agentx.model.rope import RopeScaling
+from agentx.model.rope import RopeScaling, YarnRope
 
 Remat = Literal["none", "dots", "full"]
 Init = Literal["normal", "copy"]
 ContextParallel = Literal["auto", "all_gather", "ulysses", "ring", "usp"]
+QKNorm = Literal["none", "head", "all"]
+Norms = Literal["pre", "post", "both"]
+Activation = Literal["silu", "gelu_tanh"]
+RopeKind = Literal["global", "local", "none"]
+
+
+class LayerKind(NamedTuple):
+    """What one layer has of its own.
+
+    window: a token sees itself and tokens less than this many before it; None for all of them.
+    rope: which rotation turns queries and keys (see `ModelConfig.rope_pattern`).
+    """
+
+    window: int | None
+    rope: RopeKind
+
+
+class Place(NamedTuple):
+    """A place in a repeated pattern: the layers that stand there, and their kind."""
+
+    layers: range
+    kind: LayerKind
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of all heads
+    are products of one short vector a token, which is all that a cache holds.
+
+    query_rank: the length of the vector that queries are a product of; None for D itself.
+    key_value_rank: of the one that keys and values are a product of. plain_dim, rotated_dim: of a
+    head of queries and keys, the part that is not rotated and the part that is, which all heads
+    share in the keys. value_dim: of a head of the values.
+
+    Raises ValueError where a size is not positive or rotated_dim is odd.
+    """
+
+    query_rank: int | None
+    key_value_rank: int
+    plain_dim: int
+    rotated_dim: int
+    value_dim: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if size is not None and size < 1:
+                raise ValueError(f"{field.name} is {size}; it must be 1 or more")
+        if self.rotated_dim % 2:
+            raise ValueError(f"rotated_dim is {self.rotated_dim}; the rotation needs an even one")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama family (`qk_norm=False`) or Qwen3 (`qk_norm=True`).
+    """A decoder. The defaults are Qwen3's; interop/families.py has what others set.
 
     vocab_size V, d_model D, num_layers L, num_heads N, num_kv_heads K, head_dim H, d_ff F: sizes.
-    qk_norm: RMS-normalise every head of the queries and keys before the rotation.
-    tie_embeddings: the unembedding is the embedding.
+    tie_embeddings: the unembedding is the embedding. scale_embeddings: embeddings are multiplied by
+      sqrt(D), rounded to the type of the activations, as in Gemma.
     logit_softcap: cap of the logits, cap * tanh(logits / cap), as in Gemma 2; None for none.
-    rope_theta: the base of the rotation's wavelengths. rope_scaling: how they are changed for long
-      rows (LinearRope, DynamicRope, YarnRope, Llama3Rope, LongRope); None for not at all.
-    norm_eps: added to the mean square.
+
+    Attention:
+    qk_norm: queries and keys are RMS-normalised before the rotation, each "head" by itself (Qwen3,
+      Gemma 3), "all" heads of a token as one (OLMo 2), or "none".
+    qkv_bias, output_bias: the projections have biases.
+    attention_scale: what the dot products are multiplied by; None for H ** -0.5.
+    attention_softcap: cap of the scores, as in Gemma 2; None for none.
+    sinks: each head has a score without a value in its softmax, as in gpt-oss.
+    latent: multi-head latent attention in place of grouped queries. Then N = K, H is plain_dim +
+      rotated_dim, and the pairs of the rotation are neighbours.
+    window_pattern: the layers' windows in turn, in tokens, None for none; (4096, None) is a window
+      in every other layer, the first among them.
+    rope_pattern: the layers' rotations in turn: "global" by rope_theta and rope_scaling, "local" by
+      local_rope_theta alone (Gemma 3's windowed layers), "none" (SmolLM3).
+    rope_theta, local_rope_theta: bases of the wavelengths. rope_scaling: how they are changed for
+      long rows (LinearRope, DynamicRope, YarnRope, Llama3Rope, LongRope); None for not at all.
+
+    Around and after it:
+    norms: where a layer normalises: what goes into attention and feed-forward ("pre"), what comes
+      out of them ("post", OLMo 2), or "both" (Gemma).
+    norm_eps: added to the mean square. norm_plus_one: the norms' weights are offsets from 1, as in
+      Gemma.
+    activation: of the gate, "silu" or "gelu_tanh". mlp_bias: the feed-forward has biases.
+
     max_length: the most tokens a row may hold; what caches and data are checked against.
-    init: how fresh parameters are drawn: "normal", or "copy" (see `layers.copying_output`), with
+    init: how fresh parameters are drawn: "normal", or "copy" (see `attention.copying_output`), with
       which small models learn to copy from their context several times sooner.
     dtype: of the activations and matrix products ("float32" or "bfloat16"; norms, softmax and
       accumulation are f32 either way). param_dtype: what the parameters are kept in.
@@ -50,20 +127,51 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     d_ff: int
-    qk_norm: bool = True
     tie_embeddings: bool = True
+    scale_embeddings: bool = False
+    logit_softcap: float | None = None
+    qk_norm: QKNorm = "head"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    sinks: bool = False
+    latent: LatentConfig | None = None
+    window_pattern: tuple[int | None, ...] = (None,)
+    rope_pattern: tuple[RopeKind, ...] = ("global",)
     rope_theta: float = 1e6
+    local_rope_theta: float = 1e4
     rope_scaling: RopeScaling | None = None
+    norms: Norms = "pre"
     norm_eps: float = 1e-6
+    norm_plus_one: bool = False
+    activation: Activation = "silu"
+    mlp_bias: bool = False
     max_length: int = 2048
     init: Init = "normal"
-    logit_softcap: float | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: Remat = "dots"
     context_parallel: ContextParallel = "auto"
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_choices()
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads "
+                f"{self.num_kv_heads}: each KV head serves the same number of heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; the rotation needs an even one")
+        if self.latent is not None:
+            self._check_latent(self.latent)
+        if self.rope_scaling is not None:  # raises where it does not fit the head
+            self.rope_scaling.frequencies(self.rope_theta, self.rotated_dim, self.max_length)
+        if self.init == "copy" and self.norms != "pre":
+            raise ValueError(f"init 'copy' is for norms 'pre', not {self.norms!r}")
+
+    def _check_numbers(self) -> None:
         for name in (
             "vocab_size",
             "d_model",
@@ -76,61 +184,118 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.num_heads % self.num_kv_heads:
+        for name in ("rope_theta", "local_rope_theta"):
+            if not getattr(self, name) > 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 1")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps is {self.norm_eps}; it must be above 0")
+        for name in ("logit_softcap", "attention_softcap", "attention_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0, or None for none")
+        for name in ("window_pattern", "rope_pattern"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; it needs an entry for each layer of a period")
+        for window in self.window_pattern:
+            if window is not None and window < 1:
+                raise ValueError(f"window_pattern has {window}; a window is 1 or more, or None")
+
+    def _check_choices(self) -> None:
+        choices: dict[str, Any] = {
+            "qk_norm": QKNorm,
+            "norms": Norms,
+            "activation": Activation,
+            "init": Init,
+            "remat": Remat,
+            "context_parallel": ContextParallel,
+        }
+        given = [(name, getattr(self, name), get_args(kind)) for name, kind in choices.items()]
+        given += [("rope_pattern", rope, get_args(RopeKind)) for rope in self.rope_pattern]
+        dtypes = "float32", "bfloat16", "float64"
+        given += [("dtype", self.dtype, dtypes), ("param_dtype", self.param_dtype, dtypes)]
+        for name, value, known in given:
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+
+    def _check_latent(self, latent: LatentConfig) -> None:
+        if self.head_dim != latent.plain_dim + latent.rotated_dim:
             raise ValueError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads "
-                f"{self.num_kv_heads}: each KV head serves the same number of heads"
+                f"head_dim is {self.head_dim}; with latent attention it is plain_dim + rotated_dim "
+                f"= {latent.plain_dim} + {latent.rotated_dim}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; the rotation needs an even one")
-        if not self.rope_theta > 1 or not self.norm_eps > 0:
+        if self.num_kv_heads != self.num_heads:
             raise ValueError(
-                f"rope_theta must be above 1 and norm_eps above 0, not {self.rope_theta} and "
-                f"{self.norm_eps}"
+                f"num_kv_heads is {self.num_kv_heads}; with latent attention every one of the "
+                f"{self.num_heads} heads has keys and values of its own"
             )
-        if self.rope_scaling is not None:  # raises where it does not fit the head
-            self.rope_scaling.frequencies(self.rope_theta, self.head_dim, self.max_length)
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16", "float64"):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; choose float32, bfloat16 or float64"
-                )
-        if self.logit_softcap is not None and not self.logit_softcap > 0:
-            raise ValueError(
-                f"logit_softcap is {self.logit_softcap}; it must be above 0, or None for none"
-            )
-        if self.init not in ("normal", "copy"):
-            raise ValueError(f"init is {self.init!r}; choose normal or copy")
-        if self.remat not in ("none", "dots", "full"):
-            raise ValueError(f"remat is {self.remat!r}; choose none, dots or full")
-        if self.context_parallel not in get_args(ContextParallel):
-            raise ValueError(
-                f"context_parallel is {self.context_parallel!r}; choose one of "
-                f"{', '.join(get_args(ContextParallel))}"
-            )
+        for name, plain in (("qk_norm", "none"), ("qkv_bias", False), ("sinks", False)):
+            if getattr(self, name) != plain:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which latent attention lacks")
 
     @property
     def compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
 
-    def num_params(self) -> int:
-        """How many numbers the parameters hold, tied embeddings counted once."""
-        d_model, head_dim = self.d_model, self.head_dim
-        attention = 2 * d_model * head_dim * (self.num_heads + self.num_kv_heads)
-        attention += 2 * head_dim * self.qk_norm
-        layer = attention + 3 * d_model * self.d_ff + 2 * d_model
-        embeddings = self.vocab_size * d_model * (1 if self.tie_embeddings else 2)
-        return self.num_layers * layer + embeddings + d_model
+    @property
+    def rotated_dim(self) -> int:
+        """How much of a head is rotated."""
+        return self.latent.rotated_dim if self.latent else self.head_dim
 
-    def train_flops_per_token(self, length: int) -> float:
-        """Floating-point operations to train one token of a causal row of `length` tokens.
+    @property
+    def value_dim(self) -> int:
+        """The size of a head of the values."""
+        return self.latent.value_dim if self.latent else self.head_dim
 
-        6 for each weight of a matrix product (2 forward, 4 backward), the unembedding included and
-        the look-up of the embedding not; and for attention 12 L N H for each key seen, of which a
-        token sees (length + 1) / 2 in the mean. Recomputation is not counted.
+    @property
+    def softmax_scale(self) -> float:
+        """What the dot products are multiplied by. With latent attention YaRN's factor is part of
+        it, squared, and not of the rotation, for most of a head is not rotated (DeepSeek-V3)."""
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        if self.latent and isinstance(self.rope_scaling, YarnRope):
+            mscale = self.rope_scaling.mscale_all_dim or 0.0
+            scale *= (0.1 * mscale * math.log(self.rope_scaling.factor) + 1) ** 2
+        return scale
+
+    @property
+    def cache_dims(self) -> tuple[int, int, int]:
+        """What a cache holds of a token and a layer: KV heads, their key size and value size.
+
+        With latent attention it is one vector that all heads share, and its rotated part: values
+        are the vector itself, so they take no room of their own.
         """
-        layer = 2 * self.d_model * self.head_dim * (self.num_heads + self.num_kv_heads)
-        layer += 3 * self.d_model * self.d_ff
-        products = self.num_layers * layer + self.vocab_size * self.d_model
-        attention = self.num_layers * self.num_heads * self.head_dim * (length + 1) / 2
-        return 6.0 * products + 12.0 * attention
+        if self.latent:
+            return 1, self.latent.key_value_rank + self.latent.rotated_dim, 0
+        return self.num_kv_heads, self.head_dim, self.head_dim
+
+    @functools.cached_property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Every layer's."""
+        windows, ropes = self.window_pattern, self.rope_pattern
+        return tuple(
+            LayerKind(windows[i % len(windows)], ropes[i % len(ropes)])
+            for i in range(self.num_layers)
+        )
+
+    @functools.cached_property
+    def stacks(self) -> tuple[tuple[Place, ...], ...]:
+        """The layers as runs that repeat a pattern: of each run, the places of its pattern.
+
+        Where the layers are no whole number of patterns, those left over are a run of their own.
+        With a pattern of three, seven layers are (0, 3), (1, 4), (2, 5) and then (6).
+        """
+        period = math.lcm(len(self.window_pattern), len(self.rope_pattern))
+        whole = self.num_layers - self.num_layers % period
+        runs = [(0, whole, period), (whole, self.num_layers, self.num_layers - whole)]
+        return tuple(
+            tuple(
+                Place(range(first + place, stop, period), self.kinds[first + place])
+                for place in range(period)
+            )
+            for first, stop, period in runs
+            if stop > first
+        )
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Those of all runs, in order: the model has one `Layer`, stacked, for each."""
+        return tuple(place for stack in self.stacks for place in stack)

@@ -1,11 +1,13 @@
-"""The decoder: embedding, scanned layers, final norm. Training and decoding share every line.
+"""The decoder: embedding, scanned layers, final norm. Training and decoding share the layers.
+
+Layers that repeat a pattern are scanned over, a period of it at a time (`ModelConfig.stacks`).
 
 `Transformer(tokens, layout)` gives hidden states, not logits: those exist a chunk at a time, in
 `agentx_kernels.logprob`, from the hidden states and `unembedding()`. `decode` continues rows whose
 earlier keys and values lie in a cache; it returns the new ones and leaves writing to `cache.py`.
 
-Legend: L layers, B rows, S tokens a row or columns of a cache, T new tokens, N heads, K KV heads,
-H head size, D model, V vocabulary.
+Legend: L layers of a place, B rows, S tokens a row or columns of a cache, T new tokens, N heads,
+K KV heads, H head size, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,17 +23,11 @@ from flax import nnx
 from jax import lax
 from jax.nn import initializers
 
+from agentx.model.attention import Attend
 from agentx.model.cache import new_columns, write_columns
-from agentx.model.config import ModelConfig
-from agentx.model.layers import (
-    Attend,
-    Layer,
-    RMSNorm,
-    outputs_first,
-    parameter,
-    project_few,
-    rotation,
-)
+from agentx.model.config import LayerKind, ModelConfig, RopeKind
+from agentx.model.layers import Layer
+from agentx.model.parts import RMSNorm, Turn, outputs_first, parameter, project_few, rotation
 from agentx.sharding import RULES, constrain
 from agentx_kernels import hardware as chips
 from agentx_kernels.attention import attention
@@ -51,7 +47,10 @@ _SPLIT = Split(RULES["batch"], RULES["heads"][0], RULES["sequence"][0])
 
 
 class Transformer(nnx.Module):
-    """A decoder as `config` describes it, compiled for `hardware`."""
+    """A decoder as `config` describes it, compiled for `hardware`.
+
+    layers: one `Layer` for each of `config.places`, stacked over the layers that stand there.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, hardware: Hardware = CPU):
         self.config = config
@@ -59,7 +58,7 @@ class Transformer(nnx.Module):
         sizes = {"vocab": config.vocab_size, "embed": config.d_model}
         embed = _embed_with_a_shared_direction if config.init == "copy" else _embed
         self.embed = parameter(rngs, embed, config, **sizes)
-        self.layers = Layer(rngs, config)
+        self.layers = nnx.List([Layer(rngs, config, place) for place in config.places])
         self.final_norm = RMSNorm(rngs, config, embed=config.d_model)
         if not config.tie_embeddings:
             self.lm_head = parameter(rngs, initializers.normal(0.02), config, **sizes)
@@ -67,31 +66,58 @@ class Transformer(nnx.Module):
     def __call__(self, tokens: Array, layout: TreeLayout) -> Array:
         """Hidden states [B, S, D] after the final norm; tokens i32[B, S], layout [B, S]."""
         config = self.config
-        graphdef, weights = nnx.split(self.layers)
-        turn = rotation(layout.position, config)
+        turns = self._turns(layout.position)
+        windows = {kind.window for kind in config.kinds}
+        attends = {window: self._attention(layout, window) for window in windows}
 
-        attend = self._attention(layout)
-
-        def one_layer(x_BSD, layer_weights):
-            x_BSD, _ = nnx.merge(graphdef, layer_weights)(x_BSD, turn, attend)
-            return x_BSD, None
+        def one_layer(x_BSD, weights, graphdef, kind):
+            layer = nnx.merge(graphdef, weights)
+            return layer(x_BSD, turns[kind.rope], attends[kind.window])[0]
 
         if config.remat == "full":
-            one_layer = jax.checkpoint(one_layer, prevent_cse=False)
-        x_BSD, _ = lax.scan(one_layer, self._embed(tokens), weights)
+            one_layer = jax.checkpoint(one_layer, prevent_cse=False, static_argnums=(2, 3))
+
+        x_BSD = self._embed(tokens)
+        for stack in self._stacks():
+
+            def one_period(x_BSD, weights, stack=stack):
+                for (kind, graphdef, _), each in zip(stack, weights, strict=True):
+                    x_BSD = one_layer(x_BSD, each, graphdef, kind)
+                return x_BSD, None
+
+            x_BSD, _ = lax.scan(one_period, x_BSD, tuple(weights for _, _, weights in stack))
         return self.final_norm(x_BSD)
 
-    def _attention(self, layout: TreeLayout) -> Attend:
-        """Attention over a batch, planned once for all layers, on the mesh if there is one."""
+    def _stacks(self) -> list[list[tuple[LayerKind, nnx.GraphDef, nnx.State]]]:
+        """Of each of `config.stacks`, every place's kind, structure and stacked weights."""
+        layers = iter(self.layers)
+        return [
+            [(place.kind, *nnx.split(next(layers))) for place in stack]
+            for stack in self.config.stacks
+        ]
+
+    def _turns(self, positions: Array) -> dict[RopeKind, Turn]:
+        """The rotation of every kind that a layer has."""
+        kinds = {kind.rope for kind in self.config.kinds}
+        return {kind: rotation(positions, self.config, kind) for kind in kinds}
+
+    def _attention(self, layout: TreeLayout, window: int | None) -> Attend:
+        """Attention over a batch, planned once for all layers of a window, on the mesh if any."""
         mesh = jax.sharding.get_abstract_mesh()
+        options: dict[str, Any] = {
+            "hardware": self.hardware,
+            "softcap": self.config.attention_softcap,
+            "scale": self.config.softmax_scale,
+        }
         if mesh.empty or mesh.size == 1:
-            config = block_config(self.hardware, layout.index.shape[1])
-            plan = make_plan(layout, config=config)
-            return functools.partial(
-                attention, layout=layout, plan=plan, config=config, hardware=self.hardware
-            )
-        split_plan = make_split_plan(layout, self._split(mesh, layout), hardware=self.hardware)
-        return functools.partial(split_attention, plan=split_plan, hardware=self.hardware)
+            blocks = block_config(self.hardware, layout.index.shape[1])
+            plan = make_plan(layout, config=blocks, window=window)
+            options |= {"layout": layout, "plan": plan, "config": blocks, "window": window}
+            return lambda q, k, v, sinks: attention(q, k, v, sinks=sinks, **options)
+        split = self._split(mesh, layout)
+        split_plan = make_split_plan(layout, split, hardware=self.hardware, window=window)
+        options["plan"] = split_plan
+        return lambda q, k, v, sinks: split_attention(q, k, v, sinks=sinks, **options)
 
     def balanced_order(self, layout: TreeLayout) -> Array | None:
         """i32[B, S], the order of a batch's tokens in which every device attends to as much.
@@ -112,7 +138,8 @@ class Transformer(nnx.Module):
         rows, length = layout.index.shape
         rows //= math.prod(mesh.shape[axis] for axis in _SPLIT.rows)
         kv_heads = max(1, config.num_kv_heads // mesh.shape[_SPLIT.heads])
-        keys_and_values = 2 * kv_heads * config.head_dim * config.compute_dtype.itemsize
+        size = config.head_dim + config.value_dim
+        keys_and_values = kv_heads * size * config.compute_dtype.itemsize
         return choose_split(
             config.context_parallel,
             _SPLIT,
@@ -123,45 +150,64 @@ class Transformer(nnx.Module):
         )
 
     def decode(
-        self, tokens: Array, positions: Array, cache_k: Array, cache_v: Array, lengths: Array
-    ) -> tuple[Array, tuple[Array, Array]]:
+        self,
+        tokens: Array,
+        positions: Array,
+        cache_k: Sequence[Array],
+        cache_v: Sequence[Array],
+        lengths: Array,
+    ) -> tuple[Array, tuple[list[Array], list[Array]]]:
         """The hidden states of new tokens, which see a cache and one another causally.
 
-        tokens, positions: i32[B, T]. cache_k, cache_v: [L, B, K, S, H]. lengths: i32[B], how many
-        columns of the cache each row sees.
+        tokens, positions: i32[B, T]. cache_k, cache_v: of each of `config.places` [L, B, K, S, H]
+        (see `config.cache_dims`). lengths: i32[B], how many columns of the cache each row sees.
 
-        Returns (hidden [B, T, D], (k [L, B, K, T, H], v [L, B, K, T, H])), the new tokens' keys and
-        values, for `cache.write`.
+        Returns (hidden [B, T, D], (k, v)), the new tokens' keys and values, [L, B, K, T, H] of each
+        place, for `cache.write`.
         """
-        graphdef, weights = nnx.split(self.layers)
-        turn = rotation(positions, self.config)
+        turns = self._turns(positions)
+        caches = zip(cache_k, cache_v, strict=True)
+        x_BTD = self._embed(tokens)
+        new_k: list[Array] = []
+        new_v: list[Array] = []
+        for stack in self._stacks():
 
-        def one_layer(x_BTD, layer):
-            layer_weights, k_BKSH, v_BKSH = layer
+            def one_period(x_BTD, layers, stack=stack):
+                new = []
+                for (kind, graphdef, _), (weights, k_BKSH, v_BKSH) in zip(
+                    stack, layers, strict=True
+                ):
+                    attend = functools.partial(
+                        self._attend_cache, k_BKSH, v_BKSH, lengths, kind.window
+                    )
+                    layer = nnx.merge(graphdef, weights)
+                    x_BTD, kv = layer(x_BTD, turns[kind.rope], attend, from_cache=True)
+                    new.append(self._cached(*kv))
+                return x_BTD, new
 
-            def attend(q, k, v):
-                new = k.swapaxes(1, 2), v.swapaxes(1, 2)
-                return decode_attention(q, k_BKSH, v_BKSH, *new, lengths=lengths)
-
-            x_BTD, (k, v) = nnx.merge(graphdef, layer_weights)(x_BTD, turn, attend)
-            return x_BTD, (k.swapaxes(1, 2), v.swapaxes(1, 2))
-
-        x_BTD, new_kv = lax.scan(one_layer, self._embed(tokens), (weights, cache_k, cache_v))
-        return self.final_norm(x_BTD), new_kv
+            layers = [(weights, *next(caches)) for _, _, weights in stack]
+            x_BTD, new = lax.scan(one_period, x_BTD, layers)
+            new_k += [k for k, _ in new]
+            new_v += [v for _, v in new]
+        return self.final_norm(x_BTD), (new_k, new_v)
 
     def separate_layers(self) -> list[nnx.State]:
         """The weights of each layer in arrays of their own, stored for `project_few`.
 
         A copy of all weights but the embeddings: make it once for many steps.
         """
-        weights = nnx.state(self.layers)
-
-        def of_layer(at: int) -> nnx.State:
-            return nnx.map_state(
-                lambda path, w: w.replace(outputs_first(path[-1], w[...][at])), weights
-            )
-
-        return [of_layer(at) for at in range(self.config.num_layers)]
+        separate = {}
+        for place, layer in zip(self.config.places, self.layers, strict=True):
+            stacked = nnx.state(layer)
+            for at, number in enumerate(place.layers):
+                separate[number] = jax.tree.map(
+                    lambda w, at=at: w.replace(
+                        outputs_first(w[...][at], w.get_metadata("num_inputs"))
+                    ),
+                    stacked,
+                    is_leaf=lambda x: isinstance(x, nnx.Variable),
+                )
+        return [separate[number] for number in range(self.config.num_layers)]
 
     def decode_in_place(
         self,
@@ -178,28 +224,66 @@ class Transformer(nnx.Module):
         which an accelerator fuses into what reads them and a CPU does not.
 
         layers: `separate_layers()`. tokens: i32[B, T], at the positions from `lengths` on. cache_k,
-        cache_v: L arrays [B, K, S, H]. new_lengths: i32[B], how many of the T tokens each row keeps
-        (see `cache.write`).
+        cache_v: of every layer [B, K, S, H]. new_lengths: i32[B], how many of the T tokens each row
+        keeps (see `cache.write`).
 
         Returns the hidden states [B, T, D] and the caches.
         """
         num_new, columns = tokens.shape[1], cache_k[0].shape[2]
         columns_BT = new_columns(lengths, new_lengths, num_new, columns)
-        turn = rotation(lengths[:, None] + jnp.arange(num_new), self.config)
-        graphdef = nnx.graphdef(self.layers)
-        caches_k, caches_v = [], []
+        turns = self._turns(lengths[:, None] + jnp.arange(num_new))
+        graphdefs = {
+            number: nnx.graphdef(layer)
+            for place, layer in zip(self.config.places, self.layers, strict=True)
+            for number in place.layers
+        }
+        caches_k, caches_v = list(cache_k), list(cache_v)
         x_BTD = self._embed(tokens)
-        for weights, k_BKSH, v_BKSH in zip(layers, cache_k, cache_v, strict=True):
+        for number, kind in enumerate(self.config.kinds):
 
-            def attend(q, k, v, k_BKSH=k_BKSH, v_BKSH=v_BKSH):
-                new = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            def attend(q, k, v, sinks, number=number, window=kind.window):
+                new_k, new_v = self._cached(k, v)
                 # Written before it is read, or XLA keeps a copy of what was there before.
-                caches_k.append(write_columns(k_BKSH, new[0], columns_BT))
-                caches_v.append(write_columns(v_BKSH, new[1], columns_BT))
-                return decode_attention(q, caches_k[-1], caches_v[-1], *new, lengths=lengths)
+                caches_k[number] = write_columns(caches_k[number], new_k, columns_BT)
+                caches_v[number] = write_columns(caches_v[number], new_v, columns_BT)
+                cache = caches_k[number], caches_v[number]
+                return self._attend_cache(*cache, lengths, window, q, k, v, sinks)
 
-            x_BTD, _ = nnx.merge(graphdef, weights)(x_BTD, turn, attend, project_few)
+            layer = nnx.merge(graphdefs[number], layers[number])
+            options: dict[str, Any] = {"project": project_few, "from_cache": True}
+            x_BTD, _ = layer(x_BTD, turns[kind.rope], attend, **options)
         return self.final_norm(x_BTD), caches_k, caches_v
+
+    def _attend_cache(
+        self,
+        k_BKSH: Array,
+        v_BKSH: Array,
+        lengths: Array,
+        window: int | None,
+        q_BTNH: Array,
+        k_BTKH: Array,
+        v_BTKH: Array,
+        sinks_N: Array | None,
+    ) -> Array:
+        """What new tokens look up, of one layer's cache and of one another."""
+        latent = self.config.latent
+        return decode_attention(
+            q_BTNH,
+            k_BKSH,
+            k_BKSH[..., : latent.key_value_rank] if latent else v_BKSH,
+            k_BTKH.swapaxes(1, 2),
+            v_BTKH.swapaxes(1, 2),
+            lengths=lengths,
+            window=window,
+            softcap=self.config.attention_softcap,
+            sinks=sinks_N,
+            scale=self.config.softmax_scale,
+        )
+
+    def _cached(self, k_BTKH: Array, v_BTKH: Array) -> tuple[Array, Array]:
+        """What a cache holds of new keys and values, [B, K, T, H] each (`config.cache_dims`)."""
+        value_size = self.config.cache_dims[2]
+        return k_BTKH.swapaxes(1, 2), v_BTKH[..., :value_size].swapaxes(1, 2)
 
     def unembedding(self) -> Array:
         """[V, D] in the type of the activations: logits are hidden @ unembedding().T."""
@@ -208,7 +292,10 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens_BS: Array) -> Array:
         with jax.named_scope("embed"):
-            x_BSD = self.embed[...].astype(self.config.compute_dtype)[tokens_BS]
+            config = self.config
+            x_BSD = self.embed[...].astype(config.compute_dtype)[tokens_BS]
+            if config.scale_embeddings:
+                x_BSD *= jnp.asarray(config.d_model**0.5, config.compute_dtype)
             return constrain(x_BSD, "batch", "sequence", None)
 
 
@@ -218,7 +305,7 @@ def _embed(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
 
 
 def _embed_with_a_shared_direction(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """`_embed`, and one vector as long added to all: see `layers.copying_output`."""
+    """`_embed`, and one vector as long added to all: see `attention.copying_output`."""
     of_all, of_each = jax.random.split(key)
     return _embed(of_each, shape, dtype) + _embed(of_all, (1, shape[1]), dtype)
 

@@ -5,13 +5,14 @@
     copy     copies rows of the cache to others: a group's prompt to its members
     resize   the cache with other rows and other columns
 
-The cache is keys and values, [L, B, K, S, H] each; if `separate`, L arrays [B, K, S, H] each.
+The cache is keys and values, of each place of the model's pattern [L, B, K, S, H] (see
+`ModelConfig.places`); if `separate`, of each layer [B, K, S, H].
 
 They are compiled ahead, from shapes alone, and kept by shape: a call can't compile anything unseen,
 and `num_compiled` is the whole truth. The cache is donated and changed in place.
 
-Legend: L layers, B rows, K KV heads, S columns, H head size, D model, V vocabulary, R rows fed at
-once, T tokens fed to a row at once, I steps of one call.
+Legend: L layers of a place, B rows, K KV heads, S columns, H head size, D model, V vocabulary,
+R rows fed at once, T tokens fed to a row at once, I steps of one call.
 """
 
 from __future__ import annotations
@@ -35,8 +36,7 @@ from agentx_kernels.logits import capped
 Array = Any
 
 MAX_STEPS = 64
-Cache = tuple[Any, Any]
-CACHE_AXES = ("layers", "batch", "kv_heads", None, "head_dim")
+Cache = tuple[list[Any], list[Any]]
 
 
 class Rows(NamedTuple):
@@ -176,8 +176,10 @@ class Programs:
         return jax.jit(traced, donate_argnums=donated).lower(*shapes).compile()
 
     def _cache_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
-        """Of the whole cache, or of one layer of it."""
-        axes = CACHE_AXES[-len(shape) :]
+        """Of one place's cache, or of one layer's."""
+        # One head that all heads of the queries share lies with each of them.
+        heads = "kv_heads" if shape[-3] > 1 else None
+        axes = ("layers", "batch", heads, None, "head_dim")[-len(shape) :]
         return NamedSharding(self._mesh, spec(axes, shape, dict(self._mesh.shape)))
 
     def _constrain(self, cache: Cache) -> Cache:
@@ -189,14 +191,15 @@ class Programs:
 
     def _empty(self, rows: int, columns: int) -> Cache:
         config = self._config
-        shape = (rows, config.num_kv_heads, columns, config.head_dim)
-
-        def zeros() -> Any:
-            if self._separate:
-                return [jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers)]
-            return jnp.zeros((config.num_layers, *shape), config.compute_dtype)
-
-        return self._constrain((zeros(), zeros()))
+        kv_heads, *sizes = config.cache_dims
+        stacks: list[tuple[int, ...]] = [(len(place.layers),) for place in config.places]
+        if self._separate:
+            stacks = [()] * config.num_layers
+        k, v = (
+            [jnp.zeros((*s, rows, kv_heads, columns, size), config.compute_dtype) for s in stacks]
+            for size in sizes
+        )
+        return self._constrain((k, v))
 
     def _decode(
         self, params: nnx.State, cache: Cache, rows: Rows, scalars: Array
@@ -262,11 +265,12 @@ class Programs:
         model = nnx.merge(self._graphdef, params)
         k, v = jax.tree.map(lambda x: x[..., rows_R, :, :, :], cache)
         if self._separate:
-            k, v = jnp.stack(k), jnp.stack(v)
+            k, v = self._stacked(k), self._stacked(v)
         steps_T = jnp.arange(tokens_RT.shape[1])
         columns_RT = starts_R[:, None] + steps_T
         _, (k_new, v_new) = model.decode(tokens_RT, columns_RT, k, v, starts_R)
-        new: Cache = ([*k_new], [*v_new]) if self._separate else (k_new, v_new)
+        if self._separate:
+            k_new, v_new = self._unstacked(k_new), self._unstacked(v_new)
         no_column = _shape(cache)[1]
         columns_RT = jnp.where(steps_T < counts_R[:, None], columns_RT, no_column)
 
@@ -275,7 +279,20 @@ class Programs:
             at = old.at[..., rows_R[:, None], :, columns_RT, :]
             return at.set(jnp.moveaxis(new, (-4, -2), (0, 1)), mode="drop")
 
-        return self._constrain(jax.tree.map(append, cache, new))
+        return self._constrain(jax.tree.map(append, cache, (k_new, v_new)))
+
+    def _stacked(self, layers: list[Array]) -> list[Array]:
+        """Every layer's array -> every place's."""
+        return [jnp.stack([layers[i] for i in place.layers]) for place in self._config.places]
+
+    def _unstacked(self, places: list[Array]) -> list[Array]:
+        """Every place's array -> every layer's."""
+        of_layer = {
+            number: stacked[at]
+            for place, stacked in zip(self._config.places, places, strict=True)
+            for at, number in enumerate(place.layers)
+        }
+        return [of_layer[number] for number in range(self._config.num_layers)]
 
     def _copy(self, cache: Cache, source_R: Array, target_R: Array) -> Cache:
         def one(x: Array) -> Array:

@@ -1,0 +1,571 @@
+"""The model families of others, each a table that is read both ways.
+
+A family says how config.json gives what `ModelConfig` holds, item by item, and which of its tensors
+each of our parameters is, row by row. To add a family is to add a table here: nothing else knows
+any by name. Which family a config of ours is of follows from the tables too: the first whose
+config.json, read again, gives the same config.
+
+Names are those of transformers, which wrote most of the checkpoints there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from agentx.interop.ropes import read_rope, write_rope
+from agentx.model.config import ModelConfig
+from agentx.model.rope import DynamicRope
+
+# Settings of how a model is trained and run: no family says anything of them.
+_OURS_ALONE = ("init", "dtype", "param_dtype", "remat", "context_parallel")
+
+
+class Row(NamedTuple):
+    """One parameter here and there.
+
+    ours: the path in the parameters, joined by dots, without the place (see `ModelConfig.places`).
+    theirs: the tensor's name; "{layer}" in it means that ours is stacked over layers on its first
+    axis, "{expert}" that it is over experts on the next. num_inputs: how many axes of ours (layers
+    and experts not counted) the product sums over, 0 for what is added to its result and so is a
+    vector there; None for what is the same array on both sides.
+    every_other: 0 or 1 where ours is every other number of theirs on its last axis, from that one.
+    """
+
+    ours: str
+    theirs: str
+    num_inputs: int | None = None
+    every_other: int | None = None
+
+
+class Item(Protocol):
+    """Some keys of config.json and the settings of ours that they are."""
+
+    def read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        """Our settings. Raises ValueError for what we lack, KeyError for a key that is missing."""
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """Their keys."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """A number that both have. default: where the key is missing or null; `_REQUIRED` for none."""
+
+    ours: str
+    theirs: str
+    default: Any = ...
+
+    def read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        value = about.get(self.theirs)
+        if value is None:
+            if self.default is ...:
+                raise KeyError(self.theirs)
+            value = self.default(about) if callable(self.default) else self.default
+        return {self.ours: value}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {self.theirs: getattr(config, self.ours)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours:
+    """What every model of the family has, and config.json does not say."""
+
+    settings: Mapping[str, Any]
+
+    def read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(self.settings)
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Theirs:
+    """What config.json may say, and we have in one way alone."""
+
+    settings: Mapping[str, Any]
+
+    def read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        for name, value in self.settings.items():
+            if about.get(name, value) not in (value, None):
+                raise ValueError(f"{name} is {about[name]!r}; only {value!r} can be read")
+        return {}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return dict(self.settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Biases:
+    """attention_bias: of queries, keys, values and output together."""
+
+    default: bool = False
+
+    def read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        has = bool(about.get("attention_bias", self.default))
+        return {"qkv_bias": has, "output_bias": has}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {"attention_bias": config.qkv_bias}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """rope_theta and its scaling, in the form of transformers 5 (rope_parameters) or before."""
+
+    theta: float = 10_000.0
+
+    def read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        theta, scaling = read_rope(about, self.theta)
+        return {"rope_theta": theta, "rope_scaling": scaling}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return write_rope(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoRopes:
+    """Gemma 3's: layers with a window turn by a base of their own, without scaling."""
+
+    theta: float = 1_000_000.0
+    local_theta: float = 10_000.0
+
+    def read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        local = about.get("rope_local_base_freq") or self.local_theta
+        both = about.get("rope_parameters")
+        if both:
+            of_windows = dict(both.get("sliding_attention") or {})
+            if of_windows.pop("rope_type", "default") != "default":
+                raise ValueError("layers with a window have a scaled rotation, which is not ours")
+            local = of_windows.get("rope_theta") or local
+            about = {**about, "rope_parameters": both.get("full_attention")}
+        theta, scaling = read_rope(about, self.theta)
+        return {"rope_theta": theta, "local_rope_theta": local, "rope_scaling": scaling}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        # Both forms: transformers 5 reads the first, servers of before the others.
+        written = write_rope(config)
+        of_all = {"rope_type": "default", **written.get("rope_scaling", {})}
+        return {
+            **written,
+            "rope_parameters": {
+                "full_attention": {**of_all, "rope_theta": config.rope_theta},
+                "sliding_attention": {
+                    "rope_type": "default",
+                    "rope_theta": config.local_rope_theta,
+                },
+            },
+            "rope_local_base_freq": config.local_rope_theta,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """sliding_window: of every layer, or none where it is null."""
+
+    default: int | None
+
+    def read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        return {"window_pattern": (about.get("sliding_window", self.default),)}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {"sliding_window": config.window_pattern[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTypes:
+    """layer_types: which layers have the window, by name; or by a period where that is missing.
+
+    period: one layer of so many has none, the last of them; 0 where only `layer_types`, or Qwen's
+    use_sliding_window and max_window_layers, say so. ropes: layers with a window turn locally.
+    """
+
+    period: int = 0
+    ropes: bool = False
+    default_window: int | None = 4096
+
+    def read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        num_layers = about["num_hidden_layers"]
+        window = about.get("sliding_window", self.default_window)
+        types = about.get("layer_types")
+        if types is None and self.period:
+            # What transformers before layer_types called this period.
+            period = about.get("sliding_window_pattern") or self.period
+            types = [(i + 1) % period and "sliding_attention" for i in range(num_layers)]
+        elif types is None:
+            first = about.get("max_window_layers", num_layers)
+            has_window = about.get("use_sliding_window") and window is not None
+            types = [has_window and i >= first and "sliding_attention" for i in range(num_layers)]
+        if len(types) != num_layers:
+            raise ValueError(f"layer_types has {len(types)} layers, and the model {num_layers}")
+        is_local = [kind == "sliding_attention" for kind in types]
+        settings: dict[str, Any] = {
+            "window_pattern": shortest_period([window if local else None for local in is_local])
+        }
+        if self.ropes:
+            kinds = ["local" if local else "global" for local in is_local]
+            settings["rope_pattern"] = shortest_period(kinds)
+        return settings
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        windows = [kind.window for kind in config.kinds]
+        types = ["full_attention" if w is None else "sliding_attention" for w in windows]
+        written = {"layer_types": types, "sliding_window": max((w or 0) for w in windows) or None}
+        if self.period:
+            return written
+        return {**written, "use_sliding_window": any(windows)}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeLayers:
+    """SmolLM3's no_rope_layers: 1 for a layer that is rotated, which is most of them."""
+
+    interval: int = 4
+
+    def read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        num_layers = about["num_hidden_layers"]
+        interval = about.get("no_rope_layer_interval") or self.interval
+        rotated = about.get("no_rope_layers")
+        if rotated is None:
+            rotated = [(i + 1) % interval for i in range(num_layers)]
+        kinds = ["global" if x else "none" for x in rotated[:num_layers]]
+        return {"rope_pattern": shortest_period(kinds)}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {"no_rope_layers": [int(kind.rope != "none") for kind in config.kinds]}
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryScale:
+    """Gemma's query_pre_attn_scalar: the dot products are divided by its square root."""
+
+    def read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        return {"attention_scale": about.get("query_pre_attn_scalar", 256) ** -0.5}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        scalar = config.softmax_scale**-2
+        whole = round(scalar)
+        return {"query_pre_attn_scalar": whole if whole**-0.5 == config.softmax_scale else scalar}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family: what config.json calls it, the items of its config and the rows of its tensors."""
+
+    architecture: str
+    model_type: str
+    items: tuple[Item, ...]
+    rows: tuple[Row, ...]
+
+    def read(self, about: Mapping[str, Any], place: object) -> ModelConfig:
+        """The config of a config.json. `place` opens the sentence of the ValueError."""
+        settings: dict[str, Any] = {}
+        for item in self.items:
+            try:
+                settings |= item.read(about)
+            except KeyError as error:
+                raise ValueError(f"{place} lacks {error.args[0]}") from None
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+        return ModelConfig(**settings)
+
+    def write(self, config: ModelConfig, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A config.json, without the tokenizer's keys.
+
+        like: one that was read before: what we know nothing of stays, and what says the same as
+        config stays as it is said there.
+        """
+        about = {**(like or {}), "architectures": [self.architecture]}
+        about["model_type"] = self.model_type
+        for item in self.items:
+            if like is None or not self._says(item, like, config):
+                about |= item.write(config)
+        return about
+
+    @staticmethod
+    def _says(item: Item, like: Mapping[str, Any], config: ModelConfig) -> bool:
+        """Whether `like` gives the settings of an item as config has them."""
+        try:
+            read = item.read(like)
+        except (KeyError, ValueError):
+            return False
+        return all(getattr(config, name) == value for name, value in read.items())
+
+    def differences(self, config: ModelConfig) -> list[str]:
+        """The settings of config that this family's config.json does not hold as they are."""
+        config = _plain(config)
+        try:
+            again = _plain(self.read(self.write(config), self.model_type))
+        except ValueError as error:
+            return [str(error)]
+        names = [field.name for field in dataclasses.fields(ModelConfig)]
+        return [name for name in names if getattr(again, name) != getattr(config, name)]
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The first family that has models like this. Raises ValueError where there is none."""
+    differences = {family.model_type: family.differences(config) for family in FAMILIES}
+    for family in FAMILIES:
+        if not differences[family.model_type]:
+            return family
+    nearest = min(differences, key=lambda name: len(differences[name]))
+    named = ", ".join(f"{n} = {getattr(config, n, '')!r}" for n in differences[nearest])
+    raise ValueError(
+        f"no model of others is like this one, so nobody else could run it; the nearest family is "
+        f"{nearest}, which lacks {named}"
+    )
+
+
+def shortest_period(values: Sequence[Any]) -> tuple[Any, ...]:
+    """The shortest pattern that, repeated, gives the values: (1, 2) of [1, 2, 1, 2, 1]."""
+    for period in range(1, len(values) + 1):
+        if all(value == values[i % period] for i, value in enumerate(values)):
+            return tuple(values[:period])
+    return ()
+
+
+def _plain(config: ModelConfig) -> ModelConfig:
+    """`config` in one form, whatever it says of how it is trained and run."""
+    plain: dict[str, Any] = {name: getattr(ModelConfig, name) for name in _OURS_ALONE}
+    plain["window_pattern"] = shortest_period([kind.window for kind in config.kinds])
+    plain["rope_pattern"] = shortest_period([kind.rope for kind in config.kinds])
+    if "local" not in plain["rope_pattern"]:  # then it says nothing
+        plain["local_rope_theta"] = ModelConfig.local_rope_theta
+    if isinstance(config.rope_scaling, DynamicRope):
+        # config.json has one number for the original length and the longest row: see `write_rope`.
+        plain["max_length"] = config.rope_scaling.original_length
+    if config.latent is None:
+        plain["attention_scale"] = config.softmax_scale
+    return dataclasses.replace(config, **plain)
+
+
+# --------------------------------------------------------------------------------------------------
+# What several families have
+# --------------------------------------------------------------------------------------------------
+
+_LAYER = "model.layers.{layer}."
+_ENDS = (
+    Row("embed", "model.embed_tokens.weight"),
+    Row("final_norm.scale", "model.norm.weight"),
+    Row("lm_head", "lm_head.weight"),
+)
+_PROJECTIONS = (
+    Row("layers.attention.w_q", _LAYER + "self_attn.q_proj.weight", 1),
+    Row("layers.attention.w_k", _LAYER + "self_attn.k_proj.weight", 1),
+    Row("layers.attention.w_v", _LAYER + "self_attn.v_proj.weight", 1),
+    Row("layers.attention.w_o", _LAYER + "self_attn.o_proj.weight", 2),
+)
+_QKV_BIASES = (
+    Row("layers.attention.b_q", _LAYER + "self_attn.q_proj.bias", 0),
+    Row("layers.attention.b_k", _LAYER + "self_attn.k_proj.bias", 0),
+    Row("layers.attention.b_v", _LAYER + "self_attn.v_proj.bias", 0),
+)
+_BIASES = (*_QKV_BIASES, Row("layers.attention.b_o", _LAYER + "self_attn.o_proj.bias", 0))
+_QK_NORMS = (
+    Row("layers.attention.q_norm.scale", _LAYER + "self_attn.q_norm.weight", 0),
+    Row("layers.attention.k_norm.scale", _LAYER + "self_attn.k_norm.weight", 0),
+)
+_MLP = (
+    Row("layers.mlp.w_gate", _LAYER + "mlp.gate_proj.weight", 1),
+    Row("layers.mlp.w_up", _LAYER + "mlp.up_proj.weight", 1),
+    Row("layers.mlp.w_down", _LAYER + "mlp.down_proj.weight", 1),
+)
+_MLP_BIASES = (
+    Row("layers.mlp.b_gate", _LAYER + "mlp.gate_proj.bias", 0),
+    Row("layers.mlp.b_up", _LAYER + "mlp.up_proj.bias", 0),
+    Row("layers.mlp.b_down", _LAYER + "mlp.down_proj.bias", 0),
+)
+_PRE_NORMS = (
+    Row("layers.attention_norm.scale", _LAYER + "input_layernorm.weight"),
+    Row("layers.mlp_norm.scale", _LAYER + "post_attention_layernorm.weight"),
+)
+_POST_NORMS = (
+    Row("layers.attention_post_norm.scale", _LAYER + "post_attention_layernorm.weight"),
+    Row("layers.mlp_post_norm.scale", _LAYER + "post_feedforward_layernorm.weight"),
+)
+_BOTH_NORMS = (
+    Row("layers.attention_norm.scale", _LAYER + "input_layernorm.weight"),
+    Row("layers.mlp_norm.scale", _LAYER + "pre_feedforward_layernorm.weight"),
+    *_POST_NORMS,
+)
+_LLAMA_ROWS = (*_ENDS, *_PRE_NORMS, *_PROJECTIONS, *_MLP)
+
+_SIZES = (
+    Same("vocab_size", "vocab_size"),
+    Same("d_model", "hidden_size"),
+    Same("num_layers", "num_hidden_layers"),
+    Same("num_heads", "num_attention_heads"),
+    Same("num_kv_heads", "num_key_value_heads", lambda about: about["num_attention_heads"]),
+    Same("max_length", "max_position_embeddings"),
+)
+_HEADS = Same(
+    "head_dim", "head_dim", lambda about: about["hidden_size"] // about["num_attention_heads"]
+)
+_FEED_FORWARD = Same("d_ff", "intermediate_size")
+_SILU = Theirs({"hidden_act": "silu"})
+_NO_QK_NORM = Ours({"qk_norm": "none"})
+_UNTIED = Same("tie_embeddings", "tie_word_embeddings", False)
+_TIED = Same("tie_embeddings", "tie_word_embeddings", True)
+_MLP_BIAS = Same("mlp_bias", "mlp_bias", False)
+
+
+def _epsilon(default: float) -> Same:
+    return Same("norm_eps", "rms_norm_eps", default)
+
+
+_GEMMA = (
+    *_SIZES,
+    _HEADS,
+    _FEED_FORWARD,
+    _TIED,
+    _epsilon(1e-6),
+    Biases(),
+    QueryScale(),
+    Theirs({"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False}),
+    Ours(
+        {
+            "norms": "both",
+            "norm_plus_one": True,
+            "scale_embeddings": True,
+            "activation": "gelu_tanh",
+        }
+    ),
+)
+
+# --------------------------------------------------------------------------------------------------
+# The families
+# --------------------------------------------------------------------------------------------------
+
+LLAMA = Family(
+    "LlamaForCausalLM",
+    "llama",
+    (
+        *_SIZES,
+        _HEADS,
+        _FEED_FORWARD,
+        _UNTIED,
+        _epsilon(1e-6),
+        Rope(),
+        Biases(),
+        _MLP_BIAS,
+        _SILU,
+        _NO_QK_NORM,
+    ),
+    (*_LLAMA_ROWS, *_BIASES, *_MLP_BIASES),
+)
+MISTRAL = Family(
+    "MistralForCausalLM",
+    "mistral",
+    (
+        *_SIZES,
+        _HEADS,
+        _FEED_FORWARD,
+        _UNTIED,
+        _epsilon(1e-6),
+        Rope(),
+        Window(4096),
+        _SILU,
+        _NO_QK_NORM,
+    ),
+    _LLAMA_ROWS,
+)
+QWEN2 = Family(
+    "Qwen2ForCausalLM",
+    "qwen2",
+    (
+        *_SIZES,
+        _HEADS,
+        _FEED_FORWARD,
+        _UNTIED,
+        _epsilon(1e-6),
+        Rope(),
+        LayerTypes(),
+        _SILU,
+        _NO_QK_NORM,
+        Ours({"qkv_bias": True}),
+    ),
+    (*_LLAMA_ROWS, *_QKV_BIASES),
+)
+QWEN3 = Family(
+    "Qwen3ForCausalLM",
+    "qwen3",
+    (
+        *_SIZES,
+        Same("head_dim", "head_dim", 128),
+        _FEED_FORWARD,
+        _UNTIED,
+        _epsilon(1e-6),
+        Rope(),
+        LayerTypes(),
+        Biases(),
+        _SILU,
+        Ours({"qk_norm": "head"}),
+    ),
+    (*_LLAMA_ROWS, *_BIASES, *_QK_NORMS),
+)
+SMOLLM3 = Family(
+    "SmolLM3ForCausalLM",
+    "smollm3",
+    (
+        *_SIZES,
+        _HEADS,
+        _FEED_FORWARD,
+        _TIED,
+        _epsilon(1e-6),
+        Rope(2_000_000.0),
+        RopeLayers(),
+        Biases(),
+        _MLP_BIAS,
+        _SILU,
+        _NO_QK_NORM,
+        Theirs({"use_sliding_window": False}),
+    ),
+    (*_LLAMA_ROWS, *_BIASES, *_MLP_BIASES),
+)
+OLMO2 = Family(
+    "Olmo2ForCausalLM",
+    "olmo2",
+    (
+        *_SIZES,
+        _HEADS,
+        _FEED_FORWARD,
+        _UNTIED,
+        _epsilon(1e-5),
+        Rope(),
+        Biases(),
+        _SILU,
+        Ours({"norms": "post", "qk_norm": "all"}),
+    ),
+    (*_ENDS, *_POST_NORMS, *_PROJECTIONS, *_BIASES, *_QK_NORMS, *_MLP),
+)
+GEMMA2 = Family(
+    "Gemma2ForCausalLM",
+    "gemma2",
+    (
+        *_GEMMA,
+        Rope(),
+        LayerTypes(period=2),
+        _NO_QK_NORM,
+        Same("logit_softcap", "final_logit_softcapping", 30.0),
+        Same("attention_softcap", "attn_logit_softcapping", 50.0),
+    ),
+    (*_ENDS, *_BOTH_NORMS, *_PROJECTIONS, *_BIASES, *_MLP),
+)
+GEMMA3 = Family(
+    "Gemma3ForCausalLM",
+    "gemma3_text",
+    (
+        *_GEMMA,
+        TwoRopes(),
+        LayerTypes(period=6, ropes=True),
+        Ours({"qk_norm": "head"}),
+        Same("logit_softcap", "final_logit_softcapping", None),
+        Same("attention_softcap", "attn_logit_softcapping", None),
+    ),
+    (*_ENDS, *_BOTH_NORMS, *_PROJECTIONS, *_BIASES, *_QK_NORMS, *_MLP),
+)
+
+FAMILIES = (LLAMA, QWEN3, QWEN2, MISTRAL, SMOLLM3, OLMO2, GEMMA2, GEMMA3)
