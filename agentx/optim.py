@@ -4,7 +4,7 @@ The learning rate warms up linearly and then stays, or decays over the rest of t
 are clipped to a global norm. AdamW, or Muon for the layers' matrices with AdamW for the rest.
 
 Parameters are `nnx.Variable`s with their axes' names: a matrix is one with two or more axes besides
-`layers`, so that a stack of vectors is not taken for one.
+`layers` and `experts`, so that a stack of vectors is not taken for one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from flax import nnx
 from optax import contrib
 
 Array = jax.Array
+
+# Axes along which parameters are stacked, and those that stand for the residual stream.
+_STACKS = ("layers", "experts")
+_RESIDUAL = ("embed", "expert_embed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,18 +145,18 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def _is_matrix(axes: tuple[str, ...]) -> bool:
-    return len([axis for axis in axes if axis != "layers"]) >= 2
+    return len([axis for axis in axes if axis not in _STACKS]) >= 2
 
 
 def _muon_dims(axes: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:
     """Which axes of a stack of matrices go in and which come out; None for Adam's parameters.
 
-    What a product reads or writes is the residual stream, `embed`, on one side.
+    What a product reads or writes is the residual stream, `embed` or `expert_embed`, on one side.
     """
     if "layers" not in axes or not _is_matrix(axes):
         return None
-    embed = axes.index("embed")
-    rest = tuple(i for i, axis in enumerate(axes) if axis not in ("layers", "experts", "embed"))
+    (embed,) = (i for i, axis in enumerate(axes) if axis in _RESIDUAL)
+    rest = tuple(i for i, axis in enumerate(axes) if axis not in (*_STACKS, *_RESIDUAL))
     is_inwards = embed < rest[0]
     return contrib.MuonDimensionNumbers(*((embed,), rest) if is_inwards else (rest, (embed,)))
 

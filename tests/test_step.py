@@ -97,6 +97,7 @@ def on_one_device():
     [
         {"data": 1, "fsdp": 4, "tensor": 2},
         {"data": 2, "fsdp": 2, "context": 2},
+        {"data": 1, "expert": 4, "tensor": 2},
     ],
 )
 def test_eight_devices_agree_with_one(sizes):
