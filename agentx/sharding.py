@@ -8,7 +8,7 @@ optimizer moments, which are made from parameters; activations are named where t
     fsdp     rows of the batch; parameters are split and gathered a layer at a time
     tensor   heads, feed-forward and vocabulary
     context  tokens of a row; parameters are split as over fsdp
-    expert   experts
+    expert   rows of the batch, and experts; other parameters are split as over fsdp
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "context", "expert")
 
-# Parameters are split along `embed` over fsdp and context: a device needs them a layer at a time,
-# whether it has other rows than its neighbours or other tokens. Activations are split over fsdp by
-# their rows and over context by their tokens, so where they are constrained their embed axis has
-# the name None.
+# Parameters are split along `embed` over fsdp, context and expert: a device needs them a layer at a
+# time, whether it has other rows than its neighbours or other tokens. Experts are split over the
+# expert axis by their number, so their `embed` is `expert_embed`. Activations are split over fsdp
+# and expert by their rows and over context by their tokens, so where they are constrained their
+# embed axis has the name None. `routes` are the experts that a router chooses among: its parameters
+# are small, and every device needs them for all experts.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "sequence": ("context",),
     "layers": (),
-    "embed": ("fsdp", "context"),
+    "embed": ("fsdp", "context", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
@@ -40,6 +42,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "latent": (),
     "vocab": ("tensor",),
     "experts": ("expert",),
+    "expert_embed": ("fsdp", "context"),
+    "routes": (),
 }
 
 
@@ -155,17 +159,19 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of every array [B, S] of a batch: rows over data and fsdp, tokens over context."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context"))
+    """Of every array [B, S] of a batch: rows over data, fsdp and expert, tokens over context."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["sequence"]))
 
 
 def check_batch(shape: Sequence[int], mesh: Mesh, num_micro_batches: int = 1) -> None:
     """Raises ValueError where a batch of shape [B, S] does not split evenly over a mesh."""
-    data, fsdp, context = (mesh.shape[axis] for axis in ("data", "fsdp", "context"))
     rows, tokens = shape
-    if rows % (data * fsdp * num_micro_batches) or tokens % context:
+    over_rows = {axis: mesh.shape[axis] for axis in RULES["batch"]}
+    context = mesh.shape["context"]
+    if rows % (math.prod(over_rows.values()) * num_micro_batches) or tokens % context:
+        sizes = " x ".join(f"{axis}={size}" for axis, size in over_rows.items())
         raise ValueError(
             f"a batch of {rows} rows of {tokens} tokens does not divide into {num_micro_batches} "
-            f"micro-batches, their rows over data={data} x fsdp={fsdp} devices and their tokens "
-            f"over context={context} devices"
+            f"micro-batches, their rows over {sizes} devices and their tokens over "
+            f"context={context} devices"
         )

@@ -63,7 +63,7 @@ def token_logprobs(model: Transformer, batch: Batch, temperature: float) -> tupl
     if order_BS is not None:
         inputs = jax.tree.map(lambda x_BS: _ordered(x_BS, order_BS), inputs)
     tokens_BS, layout, targets_BS = inputs
-    hidden_BSD = model(tokens_BS, layout)
+    hidden_BSD = model(tokens_BS, layout).hidden
     mesh = jax.sharding.get_abstract_mesh()
     with jax.named_scope("logprob"):
         outputs = logprob.token_logprobs(

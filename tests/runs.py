@@ -125,7 +125,7 @@ def assert_transformers_agrees(run: Path, folder: Path, prompt: list[int]) -> No
     ids = np.random.default_rng(0).integers(0, policy.tokenizer.vocab_size, (1, 40))
     ids[0, : len(prompt)] = prompt[:40]
     model = nnx.merge(nnx.graphdef(abstract_transformer(policy.config)), policy.params)
-    logits = model(jnp.asarray(ids), causal(*ids.shape)) @ model.unembedding().T
+    logits = model(jnp.asarray(ids), causal(*ids.shape)).hidden @ model.unembedding().T
     with torch.no_grad():
         wanted = theirs(torch.from_numpy(ids)).logits.numpy()
     assert np.abs(wanted).max() > 0.1

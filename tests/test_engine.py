@@ -66,7 +66,7 @@ def fresh() -> Engine:
 def forward(params: nnx.State, tokens, temperature):
     """The trainer's log-probabilities of each next token, and the most probable ones."""
     model = nnx.merge(nnx.graphdef(abstract_transformer(CONFIG)), params)
-    hidden = model(tokens, causal(*tokens.shape))
+    hidden = model(tokens, causal(*tokens.shape)).hidden
     table = model.unembedding()
     targets = jnp.roll(tokens, -1, 1)
     logprobs, _ = token_logprobs(

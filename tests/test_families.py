@@ -86,6 +86,67 @@ CASES = {
             **GEMMA,
         },
     ),
+    "qwen 3 moe": (
+        "Qwen3MoeConfig",
+        {
+            "num_hidden_layers": 2,
+            "moe_intermediate_size": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "head_dim": 12,
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"num_hidden_layers": 2, "num_local_experts": 4, **WINDOW}),
+    "gpt-oss": (
+        "GptOssConfig",
+        {
+            "head_dim": 12,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {**YARN, "rope_theta": 1.5e5, "truncate": False},
+            **WINDOW,
+        },
+    ),
+    "deepseek v3": (
+        "DeepseekV3Config",
+        {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 10,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 6,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "deepseek v3 without a query rank": (
+        "DeepseekV3Config",
+        {
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "q_lora_rank": None,
+            "kv_lora_rank": 10,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
 }
 
 
@@ -125,7 +186,7 @@ def ours(config, arrays):
 
 @nnx.jit
 def forward(model, tokens, layout):
-    return logits_of(model, model(tokens, layout))
+    return logits_of(model, model(tokens, layout).hidden)
 
 
 def logits_of(model, hidden):
@@ -177,7 +238,7 @@ def test_loss_and_gradients_are_theirs(read):
     @jax.value_and_grad
     def value_and_gradient(params):
         model = nnx.merge(graphdef, params)
-        logits = logits_of(model, model(jnp.asarray(inputs), causal(2, 32)))
+        logits = logits_of(model, model(jnp.asarray(inputs), causal(2, 32)).hidden)
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)
         return -picked.mean()
 

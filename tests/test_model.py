@@ -45,7 +45,7 @@ def tiny() -> Transformer:
 
 @nnx.jit
 def forward(model, tokens, layout):
-    return model(tokens, layout)
+    return model(tokens, layout).hidden
 
 
 @nnx.jit
@@ -200,7 +200,7 @@ def gradients(config):
     tokens = random_tokens(2, 16)
 
     def loss(params):
-        hidden = nnx.merge(graphdef, params)(tokens, causal(2, 16))
+        hidden = nnx.merge(graphdef, params)(tokens, causal(2, 16)).hidden
         return jnp.sum(jnp.sin(hidden.astype(jnp.float32)))
 
     return loss, params

@@ -56,6 +56,12 @@ def test_logical_axes_become_mesh_axes():
     over_tokens = shape | {"context": 4}
     assert spec(("embed", "mlp"), (32, 48), over_tokens) == P(("fsdp", "context"), "tensor")
     assert spec(("batch", "sequence", None), (8, 5, 9), shape) == P(("data", "fsdp"), None, None)
+    # The expert axis is one more of data parallelism, but for experts themselves.
+    with_experts = {"data": 2, "fsdp": 2, "expert": 2}
+    assert spec(("batch",), (8,), with_experts) == P(("data", "fsdp", "expert"))
+    assert spec(("embed", "routes"), (32, 8), with_experts) == P(("fsdp", "expert"), None)
+    experts = ("layers", "experts", "expert_embed", "mlp")
+    assert spec(experts, (3, 8, 32, 48), with_experts) == P(None, "expert", "fsdp", None)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +91,10 @@ def test_a_batch_that_does_not_divide_is_refused():
         check_batch((8, 7), mesh(data=2, fsdp=2, context=2))
     with pytest.raises(ValueError, match="does not divide into 4 micro-batches"):
         check_batch((8, 8), mesh(data=2, fsdp=2, context=2), 4)
+    with pytest.raises(ValueError, match="their rows over data=2 x fsdp=1 x expert=4 devices"):
+        check_batch((4, 8), mesh(data=2, expert=4))
     assert batch_sharding(mesh(data=2, fsdp=2, context=2)).shard_shape((8, 6)) == (2, 3)
+    assert batch_sharding(mesh(data=2, expert=4)).shard_shape((8, 6)) == (1, 6)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -97,6 +97,7 @@ def on_one_device():
     [
         {"data": 1, "fsdp": 4, "tensor": 2},
         {"data": 2, "fsdp": 2, "context": 2},
+        {"data": 1, "expert": 4, "tensor": 2},
     ],
 )
 def test_eight_devices_agree_with_one(sizes):
@@ -245,7 +246,7 @@ def test_scored_logprobs_are_those_of_the_softmax_at_the_temperature():
     params = initial_state(mesh()).params
     logprobs, entropy = make_score_step(model, mesh(), temperature=2.0)(params, batch)
     model = nnx.merge(nnx.graphdef(model), params)
-    logits = model(batch.tokens, batch.layout) @ model.unembedding().T / 2
+    logits = model(batch.tokens, batch.layout).hidden @ model.unembedding().T / 2
     expected = jax.nn.log_softmax(logits)
     at_targets = np.take_along_axis(expected, batch.targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(logprobs, at_targets, atol=1e-5)

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from agentx.interop.ropes import read_rope, write_rope
-from agentx.model.config import ModelConfig
+from agentx.model.config import LatentConfig, ModelConfig
+from agentx.model.moe_config import MoEConfig
 from agentx.model.rope import DynamicRope
 
 # Settings of how a model is trained and run: no family says anything of them.
@@ -65,8 +66,22 @@ class Same:
             value = self.default(about) if callable(self.default) else self.default
         return {self.ours: value}
 
-    def write(self, config: ModelConfig) -> dict[str, Any]:
+    def write(self, config: Any) -> dict[str, Any]:
         return {self.theirs: getattr(config, self.ours)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Either(Same):
+    """A number that config.json has under one of two names, and that is written under both."""
+
+    also: str = ""
+
+    def read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        return super().read({self.theirs: about.get(self.also), **about})
+
+    def write(self, config: Any) -> dict[str, Any]:
+        written = super().write(config)
+        return written | {self.also: written[self.theirs]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +267,60 @@ class QueryScale:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts, all of whose keys have one value each.
+
+    ours: what every model of the family has. theirs: our settings of `MoEConfig`, and the keys that
+    hold them. shared: experts that every token takes are counted in n_shared_experts.
+    """
+
+    ours: Mapping[str, Any]
+    theirs: tuple[Same, ...]
+    shared: bool = False
+
+    def read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        settings = dict(self.ours)
+        for same in self.theirs:
+            settings |= same.read(about)
+        if self.shared:  # several shared experts are one of their total width
+            settings["shared_d_ff"] = (about.get("n_shared_experts") or 0) * settings["d_ff"]
+        return {"moe": MoEConfig(**settings)}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        if config.moe is None:
+            return {}
+        written: dict[str, Any] = {}
+        for same in self.theirs:
+            written |= same.write(config.moe)
+        if self.shared:
+            written["n_shared_experts"] = config.moe.shared_d_ff // config.moe.d_ff
+        return written
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """DeepSeek's multi-head latent attention."""
+
+    def read(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        plain, rotated = about["qk_nope_head_dim"], about["qk_rope_head_dim"]
+        rank = about.get("q_lora_rank")
+        latent = LatentConfig(rank, about["kv_lora_rank"], plain, rotated, about["v_head_dim"])
+        return {"latent": latent, "head_dim": plain + rotated}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        latent = config.latent
+        if latent is None:
+            return {}
+        return {
+            "q_lora_rank": latent.query_rank,
+            "kv_lora_rank": latent.key_value_rank,
+            "qk_nope_head_dim": latent.plain_dim,
+            "qk_rope_head_dim": latent.rotated_dim,
+            "v_head_dim": latent.value_dim,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A family: what config.json calls it, the items of its config and the rows of its tensors."""
 
@@ -337,6 +406,8 @@ def _plain(config: ModelConfig) -> ModelConfig:
     if isinstance(config.rope_scaling, DynamicRope):
         # config.json has one number for the original length and the longest row: see `write_rope`.
         plain["max_length"] = config.rope_scaling.original_length
+    if config.moe is not None:  # config.json says nothing of how tokens are spread in training
+        plain["moe"] = dataclasses.replace(config.moe, balance="none", balance_rate=0.0)
     if config.latent is None:
         plain["attention_scale"] = config.softmax_scale
     return dataclasses.replace(config, **plain)
@@ -568,4 +639,173 @@ GEMMA3 = Family(
     (*_ENDS, *_BOTH_NORMS, *_PROJECTIONS, *_BIASES, *_QK_NORMS, *_MLP),
 )
 
-FAMILIES = (LLAMA, QWEN3, QWEN2, MISTRAL, SMOLLM3, OLMO2, GEMMA2, GEMMA3)
+_EXPERT = "mlp.experts.{expert}."
+_EXPERTS = (
+    Row("layers.moe.w_router", _LAYER + "mlp.gate.weight", 1),
+    Row("layers.moe.experts.w_gate", _LAYER + _EXPERT + "gate_proj.weight", 1),
+    Row("layers.moe.experts.w_up", _LAYER + _EXPERT + "up_proj.weight", 1),
+    Row("layers.moe.experts.w_down", _LAYER + _EXPERT + "down_proj.weight", 1),
+)
+QWEN3_MOE = Family(
+    "Qwen3MoeForCausalLM",
+    "qwen3_moe",
+    (
+        *_SIZES,
+        _HEADS,
+        _FEED_FORWARD,
+        _UNTIED,
+        _epsilon(1e-6),
+        Rope(),
+        Window(None),
+        Biases(),
+        _SILU,
+        Ours({"qk_norm": "head"}),
+        Theirs({"use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []}),
+        Experts(
+            {"scores": "softmax"},
+            (
+                # transformers 5 writes num_local_experts; those before, and servers, num_experts.
+                Either("num_experts", "num_experts", also="num_local_experts"),
+                Same("experts_per_token", "num_experts_per_tok"),
+                Same("d_ff", "moe_intermediate_size"),
+                Same("normalize", "norm_topk_prob", False),
+            ),
+        ),
+    ),
+    (*_ENDS, *_PRE_NORMS, *_PROJECTIONS, *_BIASES, *_QK_NORMS, *_EXPERTS),
+)
+_BLOCK = "block_sparse_moe."
+MIXTRAL = Family(
+    "MixtralForCausalLM",
+    "mixtral",
+    (
+        *_SIZES,
+        _HEADS,
+        _FEED_FORWARD,
+        _UNTIED,
+        _epsilon(1e-5),
+        Rope(1_000_000.0),
+        Window(None),
+        _SILU,
+        _NO_QK_NORM,
+        Experts(
+            {"scores": "softmax", "normalize": True},
+            (
+                Same("num_experts", "num_local_experts", 8),
+                Same("experts_per_token", "num_experts_per_tok", 2),
+                Same("d_ff", "intermediate_size"),
+            ),
+        ),
+    ),
+    (
+        *_ENDS,
+        *_PRE_NORMS,
+        *_PROJECTIONS,
+        Row("layers.moe.w_router", _LAYER + _BLOCK + "gate.weight", 1),
+        Row("layers.moe.experts.w_gate", _LAYER + _BLOCK + "experts.{expert}.w1.weight", 1),
+        Row("layers.moe.experts.w_down", _LAYER + _BLOCK + "experts.{expert}.w2.weight", 1),
+        Row("layers.moe.experts.w_up", _LAYER + _BLOCK + "experts.{expert}.w3.weight", 1),
+    ),
+)
+GPT_OSS = Family(
+    "GptOssForCausalLM",
+    "gpt_oss",
+    (
+        *_SIZES,
+        Same("head_dim", "head_dim", 64),
+        _FEED_FORWARD,
+        _UNTIED,
+        _epsilon(1e-5),
+        Rope(150_000.0),
+        LayerTypes(period=2, default_window=128),
+        Biases(default=True),
+        _SILU,
+        Ours({"qk_norm": "none", "sinks": True, "activation": "clamped_swiglu"}),
+        Experts(
+            {"scores": "softmax_of_chosen", "router_bias": True, "expert_bias": True},
+            (
+                Same("num_experts", "num_local_experts"),
+                Same("experts_per_token", "num_experts_per_tok", 4),
+                Same("d_ff", "intermediate_size"),
+            ),
+        ),
+    ),
+    (
+        *_ENDS,
+        *_PRE_NORMS,
+        *_PROJECTIONS,
+        *_BIASES,
+        Row("layers.attention.sink", _LAYER + "self_attn.sinks"),
+        Row("layers.moe.w_router", _LAYER + "mlp.router.weight", 1),
+        Row("layers.moe.b_router", _LAYER + "mlp.router.bias"),
+        Row("layers.moe.experts.w_gate", _LAYER + "mlp.experts.gate_up_proj", every_other=0),
+        Row("layers.moe.experts.w_up", _LAYER + "mlp.experts.gate_up_proj", every_other=1),
+        Row("layers.moe.experts.b_gate", _LAYER + "mlp.experts.gate_up_proj_bias", every_other=0),
+        Row("layers.moe.experts.b_up", _LAYER + "mlp.experts.gate_up_proj_bias", every_other=1),
+        Row("layers.moe.experts.w_down", _LAYER + "mlp.experts.down_proj"),
+        Row("layers.moe.experts.b_down", _LAYER + "mlp.experts.down_proj_bias"),
+    ),
+)
+_SHARED = "mlp.shared_experts."
+DEEPSEEK_V3 = Family(
+    "DeepseekV3ForCausalLM",
+    "deepseek_v3",
+    (
+        *_SIZES,
+        Latent(),
+        _FEED_FORWARD,
+        _UNTIED,
+        _epsilon(1e-6),
+        Rope(),
+        _SILU,
+        _NO_QK_NORM,
+        Theirs({"attention_bias": False, "rope_interleave": True}),
+        Same("num_dense_layers", "first_k_dense_replace", 3),
+        Experts(
+            {"scores": "sigmoid"},
+            (
+                Same("num_experts", "n_routed_experts"),
+                Same("experts_per_token", "num_experts_per_tok", 8),
+                Same("d_ff", "moe_intermediate_size"),
+                Same("normalize", "norm_topk_prob", True),
+                Same("scale", "routed_scaling_factor", 2.5),
+                Same("num_groups", "n_group", 1),
+                Same("groups_per_token", "topk_group", 1),
+            ),
+            shared=True,
+        ),
+    ),
+    (
+        *_ENDS,
+        *_PRE_NORMS,
+        Row("layers.attention.w_q", _LAYER + "self_attn.q_proj.weight", 1),
+        Row("layers.attention.w_q_a", _LAYER + "self_attn.q_a_proj.weight", 1),
+        Row("layers.attention.q_norm.scale", _LAYER + "self_attn.q_a_layernorm.weight"),
+        Row("layers.attention.w_q_b", _LAYER + "self_attn.q_b_proj.weight", 1),
+        Row("layers.attention.w_kv_a", _LAYER + "self_attn.kv_a_proj_with_mqa.weight", 1),
+        Row("layers.attention.kv_norm.scale", _LAYER + "self_attn.kv_a_layernorm.weight"),
+        Row("layers.attention.w_kv_b", _LAYER + "self_attn.kv_b_proj.weight", 1),
+        Row("layers.attention.w_o", _LAYER + "self_attn.o_proj.weight", 2),
+        *_MLP,
+        *_EXPERTS,
+        Row("layers.moe.correction_bias", _LAYER + "mlp.gate.e_score_correction_bias"),
+        Row("layers.moe.shared.w_gate", _LAYER + _SHARED + "gate_proj.weight", 1),
+        Row("layers.moe.shared.w_up", _LAYER + _SHARED + "up_proj.weight", 1),
+        Row("layers.moe.shared.w_down", _LAYER + _SHARED + "down_proj.weight", 1),
+    ),
+)
+
+FAMILIES = (
+    LLAMA,
+    QWEN3,
+    QWEN2,
+    MISTRAL,
+    SMOLLM3,
+    OLMO2,
+    GEMMA2,
+    GEMMA3,
+    QWEN3_MOE,
+    MIXTRAL,
+    GPT_OSS,
+    DEEPSEEK_V3,
+)

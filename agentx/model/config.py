@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 
+from agentx.model.moe_config import MoEConfig
 from agentx.model.rope import RopeScaling, YarnRope
 
 Remat = Literal["none", "dots", "full"]
@@ -24,7 +25,7 @@ Init = Literal["normal", "copy"]
 ContextParallel = Literal["auto", "all_gather", "ulysses", "ring", "usp"]
 QKNorm = Literal["none", "head", "all"]
 Norms = Literal["pre", "post", "both"]
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
 RopeKind = Literal["global", "local", "none"]
 
 
@@ -32,11 +33,13 @@ class LayerKind(NamedTuple):
     """What one layer has of its own.
 
     window: a token sees itself and tokens less than this many before it; None for all of them.
-    rope: which rotation turns queries and keys (see `ModelConfig.rope_pattern`).
+    rope: which rotation turns queries and keys (see `ModelConfig.rope_pattern`). is_sparse: its
+    feed-forward is a mixture of experts.
     """
 
     window: int | None
     rope: RopeKind
+    is_sparse: bool
 
 
 class Place(NamedTuple):
@@ -104,7 +107,9 @@ class ModelConfig:
       out of them ("post", OLMo 2), or "both" (Gemma).
     norm_eps: added to the mean square. norm_plus_one: the norms' weights are offsets from 1, as in
       Gemma.
-    activation: of the gate, "silu" or "gelu_tanh". mlp_bias: the feed-forward has biases.
+    activation: in the middle of the feed-forward (see `parts.gated`). mlp_bias: it has biases.
+    moe: the feed-forward is a mixture of experts (MoEConfig), but for the first `num_dense_layers`;
+      None for none.
 
     max_length: the most tokens a row may hold; what caches and data are checked against.
     init: how fresh parameters are drawn: "normal", or "copy" (see `attention.copying_output`), with
@@ -147,6 +152,8 @@ class ModelConfig:
     norm_plus_one: bool = False
     activation: Activation = "silu"
     mlp_bias: bool = False
+    moe: MoEConfig | None = None
+    num_dense_layers: int = 0
     max_length: int = 2048
     init: Init = "normal"
     dtype: str = "float32"
@@ -168,6 +175,10 @@ class ModelConfig:
             self._check_latent(self.latent)
         if self.rope_scaling is not None:  # raises where it does not fit the head
             self.rope_scaling.frequencies(self.rope_theta, self.rotated_dim, self.max_length)
+        if not 0 <= self.num_dense_layers <= self.num_layers:
+            raise ValueError(
+                f"num_dense_layers is {self.num_dense_layers} of {self.num_layers} layers"
+            )
         if self.init == "copy" and self.norms != "pre":
             raise ValueError(f"init 'copy' is for norms 'pre', not {self.norms!r}")
 
@@ -272,7 +283,7 @@ class ModelConfig:
         """Every layer's."""
         windows, ropes = self.window_pattern, self.rope_pattern
         return tuple(
-            LayerKind(windows[i % len(windows)], ropes[i % len(ropes)])
+            LayerKind(windows[i % len(windows)], ropes[i % len(ropes)], self._is_sparse(i))
             for i in range(self.num_layers)
         )
 
@@ -280,12 +291,16 @@ class ModelConfig:
     def stacks(self) -> tuple[tuple[Place, ...], ...]:
         """The layers as runs that repeat a pattern: of each run, the places of its pattern.
 
-        Where the layers are no whole number of patterns, those left over are a run of their own.
-        With a pattern of three, seven layers are (0, 3), (1, 4), (2, 5) and then (6).
+        Layers without experts before those that have them are runs of their own, and so are the
+        layers left over where they are no whole number of patterns: with a pattern of three, seven
+        layers are (0, 3), (1, 4), (2, 5) and then (6).
         """
+        dense = self.num_dense_layers if self.moe else 0
         period = math.lcm(len(self.window_pattern), len(self.rope_pattern))
-        whole = self.num_layers - self.num_layers % period
-        runs = [(0, whole, period), (whole, self.num_layers, self.num_layers - whole)]
+        runs = []
+        for first, stop in ((0, dense), (dense, self.num_layers)):
+            whole = stop - (stop - first) % period
+            runs += [(first, whole, period), (whole, stop, stop - whole)]
         return tuple(
             tuple(
                 Place(range(first + place, stop, period), self.kinds[first + place])
@@ -294,6 +309,9 @@ class ModelConfig:
             for first, stop, period in runs
             if stop > first
         )
+
+    def _is_sparse(self, layer: int) -> bool:
+        return self.moe is not None and layer >= self.num_dense_layers
 
     @property
     def places(self) -> tuple[Place, ...]:

@@ -11,17 +11,20 @@ Legend: B rows, S tokens, N heads, K KV heads, H and Hv head sizes, D model, F f
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 from jax.nn import initializers
 
 from agentx.model.attention import Attend, Attention, LatentAttention
-from agentx.model.config import Activation, ModelConfig, Place
+from agentx.model.config import ModelConfig, Place
+from agentx.model.moe import MoE, Routing
 from agentx.model.parts import (
     Project,
     RMSNorm,
     Turn,
+    gated,
     inwards,
     outwards,
     parameter,
@@ -39,13 +42,8 @@ _keep_products = functools.partial(
 )
 
 
-def activate(kind: Activation, x: Array) -> Array:
-    """The gate's nonlinearity."""
-    return jax.nn.silu(x) if kind == "silu" else jax.nn.gelu(x, approximate=True)
-
-
 class MLP(nnx.Module):
-    """(activate(x W_gate) * x W_up) W_down: SwiGLU or GeGLU (Shazeer, 2020)."""
+    """gated(x W_gate, x W_up) W_down (Shazeer, 2020)."""
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig, place: Place):
         embed, mlp, layers = config.d_model, config.d_ff, {"layers": len(place.layers)}
@@ -66,10 +64,20 @@ class MLP(nnx.Module):
         if has_bias:
             gate_BSF += self.b_gate[...].astype(dtype)
             up_BSF += self.b_up[...].astype(dtype)
-        gated_BSF = activate(self.config.activation, gate_BSF) * up_BSF
+        gated_BSF = gated(self.config.activation, gate_BSF, up_BSF)
         gated_BSF = constrain(gated_BSF, "batch", "sequence", "mlp")
         down_BSD = project(gated_BSF, self.w_down[...].astype(dtype))
         return down_BSD + self.b_down[...].astype(dtype) if has_bias else down_BSD
+
+
+class Layered(NamedTuple):
+    """What a layer leaves: its output [B, S, D], its rotated keys and its values, [B, S, K, H]
+    each, and where its tokens went, if it has experts."""
+
+    x: Array
+    k: Array
+    v: Array
+    routing: Routing | None
 
 
 class Layer(nnx.Module):
@@ -80,7 +88,7 @@ class Layer(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig, place: Place):
         sizes = {"layers": len(place.layers), "embed": config.d_model}
-        self.remat = config.remat
+        self.remat, self.is_sparse = config.remat, place.kind.is_sparse
         self.normalises_input = config.norms != "post"
         self.normalises_output = config.norms != "pre"
         attention = LatentAttention if config.latent else Attention
@@ -89,7 +97,10 @@ class Layer(nnx.Module):
         self.attention = attention(rngs, config, place)
         if self.normalises_input:
             self.mlp_norm = RMSNorm(rngs, config, **sizes)
-        self.mlp = MLP(rngs, config, place)
+        if place.kind.is_sparse:
+            self.moe = MoE(rngs, config, len(place.layers))
+        else:
+            self.mlp = MLP(rngs, config, place)
         if self.normalises_output:
             self.attention_post_norm = RMSNorm(rngs, config, **sizes)
             self.mlp_post_norm = RMSNorm(rngs, config, **sizes)
@@ -100,12 +111,15 @@ class Layer(nnx.Module):
         turn: Turn,
         attend: Attend,
         *,
+        useful_BS: Array | None = None,
+        chosen_BSk: Array | None = None,
         project: Project = project,
         from_cache: bool = False,
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """The layer's output [B, S, D], and its rotated keys and its values, [B, S, K, H] each.
+    ) -> Layered:
+        """What one layer makes of x [B, S, D].
 
         attend(q [B, S, N, H], k [B, S, K, H], v [B, S, K, Hv], sinks) -> [B, S, N, Hv].
+        useful_BS, chosen_BSk: see `MoE`.
         project: makes the products; `project_few` if the weights are stored for it.
         from_cache: keys and values are what a cache holds (see `ModelConfig.cache_dims`).
         """
@@ -123,14 +137,21 @@ class Layer(nnx.Module):
                 x_BSD = constrain(x_BSD + term_BSD, "batch", "sequence", None)
             with jax.named_scope("mlp"):
                 term_BSD = self.mlp_norm(x_BSD) if self.normalises_input else x_BSD
-                term_BSD = self.mlp(term_BSD, project)
+                routing = None
+                if self.is_sparse:
+                    term_BSD, routing = self.moe(
+                        term_BSD, useful_BS=useful_BS, chosen_BSk=chosen_BSk
+                    )
+                else:
+                    term_BSD = self.mlp(term_BSD, project)
                 if self.normalises_output:
                     term_BSD = self.mlp_post_norm(term_BSD)
-            return constrain(x_BSD + term_BSD, "batch", "sequence", None)
+            return constrain(x_BSD + term_BSD, "batch", "sequence", None), routing
 
         if self.remat == "dots":
             before, after = _keep_products(before), _keep_products(after)
         q_BSNH, k_BSKH, v_BSKH = before(x_BSD)
         with jax.named_scope("attention"):
             o_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, self.attention.sinks())
-        return after(x_BSD, o_BSNH), (k_BSKH, v_BSKH)
+        x_BSD, routing = after(x_BSD, o_BSNH)
+        return Layered(x_BSD, k_BSKH, v_BSKH, routing)

@@ -20,9 +20,13 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
-from agentx.model.config import ModelConfig, RopeKind
+from agentx.model.config import Activation, ModelConfig, RopeKind
 
 Array = jax.Array
+
+# gpt-oss's: where gate and up are cut off, and how steep its sigmoid is.
+_LIMIT, _STEEPNESS = 7.0, 1.702
+
 # Cosines and sines of a rotation; None where nothing is rotated.
 Turn = tuple[Array, Array] | None
 # (x, w, num_inputs) -> their product: see `project`.
@@ -165,3 +169,18 @@ def outwards(config: ModelConfig, num_inputs: int) -> Initializer:
     """For what is added to the residual stream: every layer adds two terms, and its scale does not
     grow with depth."""
     return initializers.normal((2 * config.num_layers * num_inputs) ** -0.5)
+
+
+def gated(activation: Activation, gate: Array, up: Array) -> Array:
+    """The middle of a gated feed-forward, of the shape of gate and up (Shazeer, 2020).
+
+    "silu": silu(gate) * up, SwiGLU. "gelu_tanh": gelu(gate) * up with the tanh form, GeGLU.
+    "clamped_swiglu": gpt-oss's, with gate at most 7 and up in [-7, 7]:
+    gate * sigmoid(1.702 gate) * (up + 1).
+    """
+    if activation == "silu":
+        return jax.nn.silu(gate) * up
+    if activation == "gelu_tanh":
+        return jax.nn.gelu(gate, approximate=True) * up
+    gate, up = jnp.minimum(gate, _LIMIT), jnp.clip(up, -_LIMIT, _LIMIT)
+    return gate * jax.nn.sigmoid(_STEEPNESS * gate) * (up + 1)

@@ -21,15 +21,25 @@ def num_params(config: ModelConfig) -> int:
     return sum(math.prod(w.shape) for w in _params(config))
 
 
+def num_active_params(config: ModelConfig) -> int:
+    """How many of them one token meets: of a mixture of experts, those of the experts it takes."""
+    return round(sum(math.prod(w.shape) * _share(w, config) for w in _params(config)))
+
+
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
     """Floating-point operations to train one token of a causal row of `length` tokens.
 
-    6 for each weight of a matrix product (2 forward, 4 backward), the unembedding included and the
-    look-up of the embedding not; and in attention, of each layer and head, 6 for each number of a
-    key and of a value that is seen. In the mean a token sees (length + 1) / 2 tokens, itself among
-    them, or what a window leaves of that. Recomputation is not counted.
+    6 for each weight of a matrix product (2 forward, 4 backward), of experts those that a token
+    takes, the unembedding included and the look-up of the embedding not; and in attention, of each
+    layer and head, 6 for each number of a key and of a value that is seen. In the mean a token sees
+    (length + 1) / 2 tokens, itself among them, or what a window leaves of that. Recomputation is
+    not counted.
     """
-    products = sum(math.prod(w.shape) for w in _params(config) if w.get_metadata("num_inputs"))
+    products = sum(
+        math.prod(w.shape) * _share(w, config)
+        for w in _params(config)
+        if w.get_metadata("num_inputs")
+    )
     products += config.vocab_size * config.d_model
     seen = sum(mean_keys_seen(length, kind.window) for kind in config.kinds)
     attention = config.num_heads * (config.head_dim + config.value_dim) * seen
@@ -48,6 +58,13 @@ def cache_bytes_per_token(config: ModelConfig) -> int:
     kv_heads, key_size, value_size = config.cache_dims
     numbers = config.num_layers * kv_heads * (key_size + value_size)
     return numbers * config.compute_dtype.itemsize
+
+
+def _share(param: nnx.Variable, config: ModelConfig) -> float:
+    """How much of a parameter one token meets."""
+    if config.moe is None or "experts" not in param.get_metadata("axes"):
+        return 1.0
+    return config.moe.experts_per_token / config.moe.num_experts
 
 
 def _params(config: ModelConfig) -> list[nnx.Variable]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from agentx.model.attention import Attend
 from agentx.model.cache import new_columns, write_columns
 from agentx.model.config import LayerKind, ModelConfig, RopeKind
 from agentx.model.layers import Layer
+from agentx.model.moe import Routing
 from agentx.model.parts import RMSNorm, Turn, outputs_first, parameter, project_few, rotation
 from agentx.sharding import RULES, constrain
 from agentx_kernels import hardware as chips
@@ -46,6 +47,14 @@ CPU = chips.hardware("cpu")
 _SPLIT = Split(RULES["batch"], RULES["heads"][0], RULES["sequence"][0])
 
 
+class Forward(NamedTuple):
+    """hidden: [B, S, D], after the final norm. routing: of each of `config.places`, where its
+    tokens went, stacked over its layers; None of a place without experts."""
+
+    hidden: Array
+    routing: list[Routing | None]
+
+
 class Transformer(nnx.Module):
     """A decoder as `config` describes it, compiled for `hardware`.
 
@@ -63,30 +72,44 @@ class Transformer(nnx.Module):
         if not config.tie_embeddings:
             self.lm_head = parameter(rngs, initializers.normal(0.02), config, **sizes)
 
-    def __call__(self, tokens: Array, layout: TreeLayout) -> Array:
-        """Hidden states [B, S, D] after the final norm; tokens i32[B, S], layout [B, S]."""
+    def __call__(
+        self, tokens: Array, layout: TreeLayout, chosen: Sequence[Array | None] | None = None
+    ) -> Forward:
+        """The hidden states of rows of tokens i32[B, S], laid out by layout [B, S].
+
+        chosen: `Forward.routing`'s, of an earlier call, to take the same experts again.
+        """
         config = self.config
         turns = self._turns(layout.position)
         windows = {kind.window for kind in config.kinds}
         attends = {window: self._attention(layout, window) for window in windows}
+        useful_BS = layout.subtree_end > 0
 
-        def one_layer(x_BSD, weights, graphdef, kind):
+        def one_layer(x_BSD, weights, chosen_BSk, graphdef, kind):
             layer = nnx.merge(graphdef, weights)
-            return layer(x_BSD, turns[kind.rope], attends[kind.window])[0]
+            taken = {"useful_BS": useful_BS, "chosen_BSk": chosen_BSk}
+            layered = layer(x_BSD, turns[kind.rope], attends[kind.window], **taken)
+            return layered.x, layered.routing
 
         if config.remat == "full":
-            one_layer = jax.checkpoint(one_layer, prevent_cse=False, static_argnums=(2, 3))
+            one_layer = jax.checkpoint(one_layer, prevent_cse=False, static_argnums=(3, 4))
 
         x_BSD = self._embed(tokens)
+        routing: list[Routing | None] = []
+        replayed = iter([None] * len(config.places) if chosen is None else chosen)
         for stack in self._stacks():
 
-            def one_period(x_BSD, weights, stack=stack):
-                for (kind, graphdef, _), each in zip(stack, weights, strict=True):
-                    x_BSD = one_layer(x_BSD, each, graphdef, kind)
-                return x_BSD, None
+            def one_period(x_BSD, layers, stack=stack):
+                taken = []
+                for (kind, graphdef, _), (weights, chosen_BSk) in zip(stack, layers, strict=True):
+                    x_BSD, of_layer = one_layer(x_BSD, weights, chosen_BSk, graphdef, kind)
+                    taken.append(of_layer)
+                return x_BSD, taken
 
-            x_BSD, _ = lax.scan(one_period, x_BSD, tuple(weights for _, _, weights in stack))
-        return self.final_norm(x_BSD)
+            inputs = [(weights, next(replayed)) for _, _, weights in stack]
+            x_BSD, of_stack = lax.scan(one_period, x_BSD, inputs)
+            routing += of_stack
+        return Forward(self.final_norm(x_BSD), routing)
 
     def _stacks(self) -> list[list[tuple[LayerKind, nnx.GraphDef, nnx.State]]]:
         """Of each of `config.stacks`, every place's kind, structure and stacked weights."""
@@ -181,8 +204,9 @@ class Transformer(nnx.Module):
                         self._attend_cache, k_BKSH, v_BKSH, lengths, kind.window
                     )
                     layer = nnx.merge(graphdef, weights)
-                    x_BTD, kv = layer(x_BTD, turns[kind.rope], attend, from_cache=True)
-                    new.append(self._cached(*kv))
+                    layered = layer(x_BTD, turns[kind.rope], attend, from_cache=True)
+                    x_BTD = layered.x
+                    new.append(self._cached(layered.k, layered.v))
                 return x_BTD, new
 
             layers = [(weights, *next(caches)) for _, _, weights in stack]
@@ -196,17 +220,17 @@ class Transformer(nnx.Module):
 
         A copy of all weights but the embeddings: make it once for many steps.
         """
+
+        def stored(path: Any, w: nnx.Variable, at: int) -> nnx.Variable:
+            # Experts are no concern of `project_few`'s.
+            num_inputs = 0 if "moe" in path else w.get_metadata("num_inputs")
+            return w.replace(outputs_first(w[...][at], num_inputs))
+
         separate = {}
         for place, layer in zip(self.config.places, self.layers, strict=True):
-            stacked = nnx.state(layer)
             for at, number in enumerate(place.layers):
-                separate[number] = jax.tree.map(
-                    lambda w, at=at: w.replace(
-                        outputs_first(w[...][at], w.get_metadata("num_inputs"))
-                    ),
-                    stacked,
-                    is_leaf=lambda x: isinstance(x, nnx.Variable),
-                )
+                of_layer = functools.partial(stored, at=at)
+                separate[number] = nnx.map_state(of_layer, nnx.state(layer))
         return [separate[number] for number in range(self.config.num_layers)]
 
     def decode_in_place(
@@ -251,7 +275,7 @@ class Transformer(nnx.Module):
 
             layer = nnx.merge(graphdefs[number], layers[number])
             options: dict[str, Any] = {"project": project_few, "from_cache": True}
-            x_BTD, _ = layer(x_BTD, turns[kind.rope], attend, **options)
+            x_BTD = layer(x_BTD, turns[kind.rope], attend, **options).x
         return self.final_norm(x_BTD), caches_k, caches_v
 
     def _attend_cache(
