@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from agentx.model import ModelConfig
-from agentx.model.experts import capacity
+from agentx.model.experts import capacity, sum_of_products
 from agentx.model.moe import CorrectionBias, MoE, updated_correction_bias
 from agentx.model.moe_config import MoEConfig
 from agentx.model.parts import gated
@@ -220,6 +220,17 @@ def test_any_choice_is_computed_and_experts_may_be_idle(orders, num_used):
         np.testing.assert_allclose(y, want, atol=1e-10)
         assert_trees_close(grads, want_grads, 1e-10)
     np.testing.assert_array_equal(tokens_E, np.bincount(chosen.reshape(-1), minlength=8))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=3, max_size=3))
+def test_the_gradient_of_weights_is_summed_block_by_block(sizes):
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((30, n)).astype(np.float32) for n in (4, 5))
+    expert = np.repeat(np.arange(4), [*sizes, 30 - sum(sizes)])  # the last rows are nobody's
+    want = np.einsum("qe,qi,qo->eio", expert[:, None] == np.arange(3), x, y)
+    got = jax.jit(sum_of_products, static_argnums=3)(x, y, np.array(sizes, np.int32), 4)
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize(

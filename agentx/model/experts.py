@@ -35,6 +35,9 @@ Array = jax.Array
 
 # How many times an even share a device may send to another before the slow way is taken.
 _SLACK = 1.5
+# How many rows at a time are multiplied for a gradient of weights: so many that reading and writing
+# the sum, one expert's weights in f32, does not take longer than the product.
+_ROWS = 512
 
 # The mesh axes that tokens, experts and F lie over.
 _TOKENS = (*RULES["batch"], *RULES["sequence"])
@@ -111,15 +114,64 @@ def _through_experts(
     is_used_Q1 = jnp.arange(len(order_Q))[:, None] < jnp.sum(sizes_E)
 
     def product(x_QI: Array, name: str) -> Array:
-        y_QO = lax.ragged_dot(x_QI, experts["w_" + name], sizes_E)
+        y_QO = _product(x_QI, experts["w_" + name], sizes_E)
         if "b_" + name in experts:  # as a product too: its gradient is a sum over each group
             bias_E1O = experts["b_" + name][:, None]
-            y_QO += lax.ragged_dot(jnp.ones_like(x_QI[:, :1]), bias_E1O, sizes_E)
+            y_QO += _product(jnp.ones_like(x_QI[:, :1]), bias_E1O, sizes_E)
         return jnp.where(is_used_Q1, y_QO, 0)
 
     x_QD = jnp.where(is_used_Q1, _spread(x_TD, order_Q, place_Tk), 0)
     gate_QF, up_QF = keep(product(x_QD, "gate")), keep(product(x_QD, "up"))
     return _collect(product(gated(activation, gate_QF, up_QF), "down"), order_Q, place_Tk)
+
+
+@jax.custom_vjp
+def _product(x_QI: Array, w_EIO: Array, sizes_E: Array) -> Array:
+    """`lax.ragged_dot`, with another gradient of the weights.
+
+    JAX's is a ragged product too, but one that no chip has a kernel for: XLA multiplies all rows,
+    masked, for every expert.
+    """
+    return lax.ragged_dot(x_QI, w_EIO, sizes_E)
+
+
+def _product_forward(x_QI, w_EIO, sizes_E):
+    return _product(x_QI, w_EIO, sizes_E), (x_QI, w_EIO, sizes_E)
+
+
+def _product_backward(residuals, dy_QO):
+    x_QI, w_EIO, sizes_E = residuals
+    dx_QI = lax.ragged_dot(dy_QO, w_EIO.swapaxes(1, 2), sizes_E)
+    dw_EIO = sum_of_products(x_QI, dy_QO, sizes_E, min(_ROWS, len(x_QI)))
+    return dx_QI, dw_EIO.astype(w_EIO.dtype), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def sum_of_products(x_QI: Array, y_QO: Array, sizes_E: Array, rows: int) -> Array:
+    """[E, I, O] in f32: of each run of rows, sizes_E long, the sum of x outer y.
+
+    rows: how many are multiplied at a time, at most Q. Only blocks with rows in them are computed.
+    """
+    end_E = jnp.cumsum(sizes_E)
+    num_blocks_E = -(-sizes_E // rows)
+    last_block_E = jnp.cumsum(num_blocks_E)
+    dtype = jnp.promote_types(x_QI.dtype, jnp.float32)
+
+    def add(block: Array, sums_EIO: Array) -> Array:
+        expert = jnp.sum(block >= last_block_E)
+        before = last_block_E[expert] - num_blocks_E[expert]
+        begin = end_E[expert] - sizes_E[expert] + (block - before) * rows
+        first = jnp.minimum(begin, len(x_QI) - rows)
+        x, y = (lax.dynamic_slice_in_dim(a, first, rows) for a in (x_QI, y_QO))
+        row = first + jnp.arange(rows)[:, None]
+        x = jnp.where((row >= begin) & (row < end_E[expert]), x, 0)
+        product_IO = lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+        return sums_EIO.at[expert].add(product_IO)
+
+    nothing = jnp.zeros((len(sizes_E), x_QI.shape[1], y_QO.shape[1]), dtype)
+    return lax.fori_loop(0, last_block_E[-1], add, nothing)
 
 
 def _over_devices(
