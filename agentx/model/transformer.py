@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.nn import initializers
@@ -48,11 +49,17 @@ _SPLIT = Split(RULES["batch"], RULES["heads"][0], RULES["sequence"][0])
 
 
 class Forward(NamedTuple):
-    """hidden: [B, S, D], after the final norm. routing: of each of `config.places`, where its
-    tokens went, stacked over its layers; None of a place without experts."""
+    """hidden: [B, S, D], after the final norm. routing: where tokens went, of all layers that have
+    experts, in order and stacked; None where there are none."""
 
     hidden: Array
-    routing: list[Routing | None]
+    routing: Routing | None
+
+    @property
+    def experts(self) -> Array | None:
+        """i32[B, S, L, k], those that every token took."""
+        chosen = None if self.routing is None else self.routing.chosen
+        return None if chosen is None else jnp.moveaxis(chosen, 0, 2)
 
 
 class Transformer(nnx.Module):
@@ -72,12 +79,11 @@ class Transformer(nnx.Module):
         if not config.tie_embeddings:
             self.lm_head = parameter(rngs, initializers.normal(0.02), config, **sizes)
 
-    def __call__(
-        self, tokens: Array, layout: TreeLayout, chosen: Sequence[Array | None] | None = None
-    ) -> Forward:
+    def __call__(self, tokens: Array, layout: TreeLayout, experts: Array | None = None) -> Forward:
         """The hidden states of rows of tokens i32[B, S], laid out by layout [B, S].
 
-        chosen: `Forward.routing`'s, of an earlier call, to take the same experts again.
+        experts: i32[B, S, L, k] as `Forward.experts` gives them, to be taken again; the router
+        chooses if None.
         """
         config = self.config
         turns = self._turns(layout.position)
@@ -96,7 +102,7 @@ class Transformer(nnx.Module):
 
         x_BSD = self._embed(tokens)
         routing: list[Routing | None] = []
-        replayed = iter([None] * len(config.places) if chosen is None else chosen)
+        replayed = iter(self._replayed(experts))
         for stack in self._stacks():
 
             def one_period(x_BSD, layers, stack=stack):
@@ -109,7 +115,29 @@ class Transformer(nnx.Module):
             inputs = [(weights, next(replayed)) for _, _, weights in stack]
             x_BSD, of_stack = lax.scan(one_period, x_BSD, inputs)
             routing += of_stack
-        return Forward(self.final_norm(x_BSD), routing)
+        return Forward(self.final_norm(x_BSD), self._in_order(routing))
+
+    def _in_order(self, routing: list[Routing | None]) -> Routing | None:
+        """Every place's routing as one, of the layers in order."""
+        places = [place for place in self.config.places if place.kind.is_sparse]
+        taken = [each for each in routing if each is not None]
+        if not taken:
+            return None
+        order = np.argsort([layer for place in places for layer in place.layers])
+        return jax.tree.map(lambda *of_places: jnp.concatenate(of_places)[order], *taken)
+
+    def _replayed(self, experts: Array | None) -> list[Array | None]:
+        """`Forward.experts` as every place's layers take them, [L, B, S, k] each."""
+        config = self.config
+        if experts is None:
+            return [None] * len(config.places)
+        first = config.num_dense_layers
+        return [
+            jnp.stack([experts[:, :, layer - first] for layer in place.layers])
+            if place.kind.is_sparse
+            else None
+            for place in config.places
+        ]
 
     def _stacks(self) -> list[list[tuple[LayerKind, nnx.GraphDef, nnx.State]]]:
         """Of each of `config.stacks`, every place's kind, structure and stacked weights."""
