@@ -345,7 +345,10 @@ class Transformer(nnx.Module):
     def _embed(self, tokens_BS: Array) -> Array:
         with jax.named_scope("embed"):
             config = self.config
-            x_BSD = self.embed[...].astype(config.compute_dtype)[tokens_BS]
+            # Its D is whole first: left to itself the look-up makes every device's part of D of all
+            # tokens, and then brings the whole of them to all devices.
+            table_VD = constrain(self.embed[...].astype(config.compute_dtype), "vocab", None)
+            x_BSD = table_VD[tokens_BS]
             if config.scale_embeddings:
                 x_BSD *= jnp.asarray(config.d_model**0.5, config.compute_dtype)
             return constrain(x_BSD, "batch", "sequence", None)
