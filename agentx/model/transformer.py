@@ -1,8 +1,8 @@
 """The decoder: embedding, scanned layers, final norm. Training and decoding share every line.
 
-`Transformer(tokens, layout)` gives hidden states, not logits: those exist a chunk at a time, in
-`agentx_kernels.logprob`, from the hidden states and `unembedding()`. `decode` continues rows whose
-earlier keys and values lie in a cache; it returns the new ones and leaves writing to `cache.py`.
+`Transformer(tokens, layout)` gives hidden states, not logits: `token_logprobs` makes those of a
+chunk at a time, for trainer and sampler alike. `decode` continues rows whose earlier keys and
+values lie in a cache; it returns the new ones and leaves writing to `cache.py`.
 
 Legend: L layers, B rows, S tokens a row or columns of a cache, T new tokens, N heads, K KV heads,
 H head size, D model, V vocabulary.
@@ -34,6 +34,7 @@ from agentx.model.layers import (
 )
 from agentx.sharding import RULES, constrain
 from agentx_kernels import hardware as chips
+from agentx_kernels import logprob
 from agentx_kernels.attention import attention
 from agentx_kernels.balance import balanced_order, can_balance
 from agentx_kernels.blocks import block_config
@@ -48,6 +49,14 @@ CPU = chips.hardware("cpu")
 
 # How attention lies over the mesh: as the arrays that go in.
 _SPLIT = Split(RULES["batch"], RULES["heads"][0], RULES["sequence"][0])
+
+# How hidden states and the unembedding lie over it.
+_VOCABULARY_SPLIT = logprob.VocabularySplit(
+    rows=RULES["batch"],
+    tokens=RULES["sequence"][0],
+    vocab=RULES["vocab"][0],
+    embed=RULES["embed"],
+)
 
 
 class Transformer(nnx.Module):
@@ -200,6 +209,26 @@ class Transformer(nnx.Module):
 
             x_BTD, _ = nnx.merge(graphdef, weights)(x_BTD, turn, attend, project_few)
         return self.final_norm(x_BTD), caches_k, caches_v
+
+    def token_logprobs(
+        self, hidden: Array, targets: Array, temperature: float | Array
+    ) -> tuple[Array, Array]:
+        """Log-probabilities of targets i32[B, S] after hidden states [B, S, D], and entropies.
+
+        f32[B, S] each, on the mesh if there is one; see agentx_kernels.logprob. temperature: a
+        number or f32[B, S]. A target of -1 gives minus infinity.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        with jax.named_scope("logprob"):
+            return logprob.token_logprobs(
+                hidden,
+                self.unembedding(),
+                targets,
+                hardware=self.hardware,
+                temperature=temperature,
+                softcap=self.config.logit_softcap,
+                split=None if mesh.empty or mesh.size == 1 else _VOCABULARY_SPLIT,
+            )
 
     def unembedding(self) -> Array:
         """[V, D] in the type of the activations: logits are hidden @ unembedding().T."""
