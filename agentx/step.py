@@ -29,20 +29,11 @@ from agentx.losses import Loss
 from agentx.model.moe import Routing, move_correction_biases, router_metrics
 from agentx.model.transformer import Transformer, init_params
 from agentx.optim import Optimizer
-from agentx.sharding import RULES, batch_sharding, check_batch, constrain, tree_shardings
-from agentx_kernels import logprob
+from agentx.sharding import batch_sharding, check_batch, constrain, tree_shardings
 from agentx_kernels.hardware import compiler_options
 
 Array = jax.Array
 Metrics = dict[str, Array]
-
-# How hidden states and the unembedding lie over the mesh.
-_SPLIT = logprob.VocabularySplit(
-    rows=RULES["batch"],
-    tokens=RULES["sequence"][0],
-    vocab=RULES["vocab"][0],
-    embed=RULES["embed"],
-)
 
 
 class TrainState(NamedTuple):
@@ -74,17 +65,7 @@ def token_logprobs(model: Transformer, batch: Batch, temperature: float) -> Scor
         inputs = jax.tree.map(lambda x_BS: _ordered(x_BS, order_BS), inputs)
     tokens_BS, layout, targets_BS, experts = inputs
     hidden_BSD, routing = model(tokens_BS, layout, experts)
-    mesh = jax.sharding.get_abstract_mesh()
-    with jax.named_scope("logprob"):
-        outputs = logprob.token_logprobs(
-            hidden_BSD,
-            model.unembedding(),
-            targets_BS,
-            hardware=model.hardware,
-            temperature=temperature,
-            softcap=model.config.logit_softcap,
-            split=None if mesh.empty or mesh.size == 1 else _SPLIT,
-        )
+    outputs = model.token_logprobs(hidden_BSD, targets_BS, temperature)
     if order_BS is None:
         return Scored(*outputs, routing)
     back_BS = jnp.argsort(order_BS)

@@ -2,9 +2,9 @@
 
 Layers that repeat a pattern are scanned over, a period of it at a time (`ModelConfig.stacks`).
 
-`Transformer(tokens, layout)` gives hidden states, not logits: those exist a chunk at a time, in
-`agentx_kernels.logprob`, from the hidden states and `unembedding()`. `decode` continues rows whose
-earlier keys and values lie in a cache; it returns the new ones and leaves writing to `cache.py`.
+`Transformer(tokens, layout)` gives hidden states, not logits: `token_logprobs` makes those of a
+chunk at a time, for trainer and sampler alike. `decode` continues rows whose earlier keys and
+values lie in a cache; it returns the new ones and leaves writing to `cache.py`.
 
 Legend: L layers of a place, B rows, S tokens a row or columns of a cache, T new tokens, N heads,
 K KV heads, H head size, D model, V vocabulary.
@@ -32,6 +32,7 @@ from agentx.model.moe import Routing
 from agentx.model.parts import RMSNorm, Turn, outputs_first, parameter, project_few, rotation
 from agentx.sharding import RULES, constrain
 from agentx_kernels import hardware as chips
+from agentx_kernels import logprob
 from agentx_kernels.attention import attention
 from agentx_kernels.balance import balanced_order, can_balance
 from agentx_kernels.blocks import block_config
@@ -46,6 +47,14 @@ CPU = chips.hardware("cpu")
 
 # How attention lies over the mesh: as the arrays that go in.
 _SPLIT = Split(RULES["batch"], RULES["heads"][0], RULES["sequence"][0])
+
+# How hidden states and the unembedding lie over it.
+_VOCABULARY_SPLIT = logprob.VocabularySplit(
+    rows=RULES["batch"],
+    tokens=RULES["sequence"][0],
+    vocab=RULES["vocab"][0],
+    embed=RULES["embed"],
+)
 
 
 class Forward(NamedTuple):
@@ -336,6 +345,26 @@ class Transformer(nnx.Module):
         """What a cache holds of new keys and values, [B, K, T, H] each (`config.cache_dims`)."""
         value_size = self.config.cache_dims[2]
         return k_BTKH.swapaxes(1, 2), v_BTKH[..., :value_size].swapaxes(1, 2)
+
+    def token_logprobs(
+        self, hidden: Array, targets: Array, temperature: float | Array
+    ) -> tuple[Array, Array]:
+        """Log-probabilities of targets i32[B, S] after hidden states [B, S, D], and entropies.
+
+        f32[B, S] each, on the mesh if there is one; see agentx_kernels.logprob. temperature: a
+        number or f32[B, S]. A target of -1 gives minus infinity.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        with jax.named_scope("logprob"):
+            return logprob.token_logprobs(
+                hidden,
+                self.unembedding(),
+                targets,
+                hardware=self.hardware,
+                temperature=temperature,
+                softcap=self.config.logit_softcap,
+                split=None if mesh.empty or mesh.size == 1 else _VOCABULARY_SPLIT,
+            )
 
     def unembedding(self) -> Array:
         """[V, D] in the type of the activations: logits are hidden @ unembedding().T."""
