@@ -162,8 +162,9 @@ def compiled(f, chip, mesh, *arguments):
 
 
 def collectives(text):
-    """Of every collective that the program runs: its kind, the bytes it makes on a device, and
-    what is computed while it is in flight: kernels, loops, and fusions with a product in them.
+    """Of every collective that the program runs: its kind, the bytes that go in or come out on a
+    device, whichever are more, and what is computed while it is in flight: kernels, loops, and
+    fusions with a product in them.
 
     A scheduled module lists each computation in the order in which it runs. The TPU has collectives
     in flight in three forms: X-start ... X-done; call-start ... call-done of a computation that the
@@ -172,12 +173,13 @@ def collectives(text):
     only what the module's own computations run is looked at.
     """
     called, products, run = _computations(text)
-    found, in_flight = [], {}
+    found, in_flight, made = [], {}, {}
     for line in run:
         name = re.match(r"\s*(?:ROOT )?%(\S+) = (.*?) ([\w-]+)\(", line)
         if not name:
             continue
         name, shapes, operation = name.groups()
+        made[name] = sum(sizes(shapes))
         callee = re.search(r"(?:calls|to_apply)=%([\w.-]+)", line)
         kind = re.match(COLLECTIVE, operation)
         fused = re.match(r"async-collective-(start|done)([.\d]*)$", name)
@@ -193,6 +195,9 @@ def collectives(text):
             is_started = bool(fused) or operation.endswith("-start")
             # One that is started lists what goes in beside what comes out.
             size = (max if is_started else sum)(sizes(shapes))
+            if not is_started:
+                taken = re.findall(r"%([\w.-]+)", line.partition(f" {operation}(")[2].split(")")[0])
+                size = max(size, *(made.get(each, 0) for each in taken))
             one = {"kind": kind, "bytes": size, "beside": []}
             found.append(one)
             if is_started:
