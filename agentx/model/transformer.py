@@ -27,6 +27,7 @@ from jax.nn import initializers
 from agentx.model.attention import Attend
 from agentx.model.cache import new_columns, write_columns
 from agentx.model.config import LayerKind, ModelConfig, RopeKind
+from agentx.model.embedding import look_up
 from agentx.model.layers import Layer
 from agentx.model.moe import Routing
 from agentx.model.parts import RMSNorm, Turn, outputs_first, parameter, project_few, rotation
@@ -374,10 +375,7 @@ class Transformer(nnx.Module):
     def _embed(self, tokens_BS: Array) -> Array:
         with jax.named_scope("embed"):
             config = self.config
-            # Its D is whole first: left to itself the look-up makes every device's part of D of all
-            # tokens, and then brings the whole of them to all devices.
-            table_VD = constrain(self.embed[...].astype(config.compute_dtype), "vocab", None)
-            x_BSD = table_VD[tokens_BS]
+            x_BSD = look_up(self.embed[...], tokens_BS, config.compute_dtype)
             if config.scale_embeddings:
                 x_BSD *= jnp.asarray(config.d_model**0.5, config.compute_dtype)
             return constrain(x_BSD, "batch", "sequence", None)
