@@ -25,7 +25,7 @@ class Batch(NamedTuple):
       this is the first update, so that the current ones serve.
     reference_logprobs: f32[B, S], by a frozen model, for a KL term.
     experts: i32[B, S, L, k], which experts each token took when it was sampled, of the L layers
-      that have experts; they are taken again. None where the router is to choose.
+      that have experts; they are taken again. The router chooses where it is -1, and None.
     """
 
     tokens: Array

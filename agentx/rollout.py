@@ -147,6 +147,7 @@ async def run_episode(
         said.extend(answers)
     episode.messages = tuple(said)
     trajectory.reward = episode.reward
+    trajectory.experts = session.experts
     episode.calls = tuple(env.calls)
     return episode
 

@@ -214,7 +214,8 @@ class RolloutSource:
     the batch; a step is padded up to a quarter, half or all of `rows`, or, where its groups need
     more, to a multiple of it, so that few shapes are compiled. advantages: see `group_advantages`.
     normalise: whether a token or a sequence counts the same. tree: a group as one prefix tree, or
-    as rows of its own.
+    as rows of its own. replay_experts: of a model with experts, whether a token takes those in
+    training that it took when it was sampled (routing replay, Ma et al., 2025, arXiv:2510.11370).
     """
 
     tasks: TaskSet
@@ -226,6 +227,7 @@ class RolloutSource:
     advantages: Kind = "grpo"
     normalise: Literal["token", "sequence"] = "token"
     tree: bool = True
+    replay_experts: bool = True
     limits: RolloutLimits = dataclasses.field(default_factory=RolloutLimits)
 
     def __post_init__(self) -> None:
@@ -317,7 +319,7 @@ class _RolloutBatches:
         needed = rows_needed(trajectories, config.length, tree=config.tree)
         larger = math.ceil(needed / config.rows) * config.rows
         rows = next((rows for rows, _ in config.batch_shapes if rows >= needed), larger)
-        return pack_groups(
+        batch = pack_groups(
             trajectories,
             advantages,
             rows,
@@ -325,6 +327,7 @@ class _RolloutBatches:
             tree=config.tree,
             normalise=config.normalise,
         )
+        return batch if config.replay_experts else batch._replace(experts=None)
 
     def close(self) -> None:
         return None
@@ -382,7 +385,11 @@ class _MixtureBatches:
         data = self._data.batch(step, params).batch
         rollouts = self._rollouts.batch(step, params)
         zeros: Any = np.zeros_like(data.weights)
+        experts: Any = rollouts.batch.experts
+        if experts is not None:  # of data the router chooses
+            experts = np.full((*data.weights.shape, *experts.shape[2:]), -1, np.int32)
         data = data._replace(
+            experts=experts,
             weights=data.weights * np.float32(self._data_weight),
             from_policy=zeros,
             advantages=zeros,

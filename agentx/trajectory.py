@@ -196,7 +196,9 @@ class Trajectory:
 
     `task_id` names the task, `group` the set of trajectories that share a prompt.
     `num_prompt_spans` spans at the start come before the first token of the assistant. `markers`
-    are those of the tokenizer that made the ids.
+    are those of the tokenizer that made the ids. `experts`, i32[len(self) - 1, L, k], are those
+    that each token but the last took when a policy with experts sampled it, of the L layers that
+    have any.
     """
 
     spans: Sequence[Span]
@@ -206,6 +208,7 @@ class Trajectory:
     num_prompt_spans: int = 0
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     markers: Markers = OUR_MARKERS
+    experts: np.ndarray | None = None
 
     def __len__(self) -> int:
         if isinstance(self.spans, SpanTable):

@@ -264,7 +264,7 @@ def test_decoding_over_a_cache_equals_the_full_forward_past_windows_and_lengths(
     @nnx.jit
     def step(model, tokens, cache):
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-        hidden, new = model.decode(tokens, positions, cache.k, cache.v, cache.lengths)
+        hidden, new, _ = model.decode(tokens, positions, cache.k, cache.v, cache.lengths)
         counts = jnp.full(2, tokens.shape[1])
         return logits_of(model, hidden), write(cache, *new, counts)
 

@@ -52,7 +52,7 @@ def forward(model, tokens, layout):
 def decode(model, tokens, cache: KVCache, new_lengths):
     """One call of `decode` and the write that follows it."""
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-    hidden, new_kv = model.decode(tokens, positions, cache.k, cache.v, cache.lengths)
+    hidden, new_kv, _ = model.decode(tokens, positions, cache.k, cache.v, cache.lengths)
     return hidden, write(cache, *new_kv, new_lengths)
 
 

@@ -93,7 +93,8 @@ def _zeros(number: int, rows: int, length: int, dtype: Any) -> list[Any]:
 
 
 class _Branch(NamedTuple):
-    """What follows a prompt, from its last token on; all but `tokens` belong to the targets."""
+    """What follows a prompt, from its last token on; all but `tokens` and `experts` belong to the
+    targets."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -101,12 +102,14 @@ class _Branch(NamedTuple):
     weight: float
     advantage: float
     logprobs: np.ndarray
+    experts: np.ndarray | None
 
 
 class _Tree(NamedTuple):
     """A prompt without its last token, and the branches that grow from it."""
 
     trunk: np.ndarray
+    experts: np.ndarray | None
     branches: list[_Branch]
 
     @property
@@ -132,6 +135,7 @@ def pack_groups(
 
     With `tree`, each group is one prefix tree, or several where it exceeds a row. Without, each
     trajectory has its prompt for itself. Targets, weights, advantages and positions are the same.
+    Experts that were recorded go along; where nothing was, they are -1.
     One prompt `p q`, rollouts `a b` with advantage 1 and `c` with -1, in a row of 5:
 
         tokens      p q a q 0
@@ -157,14 +161,20 @@ def pack_groups(
     runs: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
     tokens_BS, targets_BS = _zeros(2, rows, length, np.int32)
     weights_BS, sampled_BS, advantages_BS, logprobs_BS = _zeros(4, rows, length, np.float32)
+    recorded = [t.experts for t in trees if t.experts is not None]
+    experts_BSLk: Any = None
+    if recorded:
+        experts_BSLk = np.full((rows, length, *recorded[0].shape[1:]), -1, np.int32)
     for b, items in enumerate(bins):
         column = 0
-        for trunk, branches in (trees[i] for i in items):
+        for trunk, experts, branches in (trees[i] for i in items):
             parent = ROOT
             if len(trunk):
                 parent = len(runs[b])
                 runs[b].append((len(trunk), ROOT))
             tokens_BS[b, column : column + len(trunk)] = trunk
+            if experts is not None:
+                experts_BSLk[b, column : column + len(trunk)] = experts
             column += len(trunk)
             for branch in branches:
                 runs[b].append((len(branch.tokens), parent))
@@ -175,6 +185,8 @@ def pack_groups(
                 weights_BS[b, own] = branch.sampled * branch.weight
                 advantages_BS[b, own] = branch.sampled * branch.advantage
                 logprobs_BS[b, own] = branch.logprobs
+                if branch.experts is not None:
+                    experts_BSLk[b, own] = branch.experts
                 column += len(branch.tokens)
     return Batch(
         tokens_BS,
@@ -184,6 +196,7 @@ def pack_groups(
         from_policy=sampled_BS,
         advantages=advantages_BS,
         sampler_logprobs=logprobs_BS,
+        experts=experts_BSLk,
     )
 
 
@@ -212,7 +225,9 @@ def _make_trees(
         if not group:
             continue
         prompt = _prompt(group[0], number)
-        trunk = prompt[:-1]
+        trunk, first = prompt[:-1], group[0].experts
+        # What the prompt's tokens took is the same for all: they were read once.
+        of_trunk = None if first is None else first[: len(trunk)]
         branches = []
         for trajectory, advantage in zip(group, values, strict=True):
             own = _prompt(trajectory, number)
@@ -233,7 +248,7 @@ def _make_trees(
             bins = best_fit([len(b.tokens) for b in branches], length - len(trunk))
         else:
             bins = [[i] for i in range(len(branches))]
-        trees += [_Tree(trunk, [branches[i] for i in sorted(items)]) for items in bins]
+        trees += [_Tree(trunk, of_trunk, [branches[i] for i in sorted(items)]) for items in bins]
     return trees
 
 
@@ -258,6 +273,7 @@ def _make_branch(
     inputs = slice(prompt_length - 1, stop - 1)
     targets = slice(prompt_length, stop)
     weight = 1.0 / num_sampled if normalise == "sequence" and num_sampled else 1.0
+    experts = None if trajectory.experts is None else trajectory.experts[inputs]
     return _Branch(
-        ids[inputs], ids[targets], sampled[targets], weight, advantage, logprobs[targets]
+        ids[inputs], ids[targets], sampled[targets], weight, advantage, logprobs[targets], experts
     )

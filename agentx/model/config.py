@@ -278,6 +278,13 @@ class ModelConfig:
             return 1, self.latent.key_value_rank + self.latent.rotated_dim, 0
         return self.num_kv_heads, self.head_dim, self.head_dim
 
+    @property
+    def routing_shape(self) -> tuple[int, int]:
+        """How many layers have experts, and how many of them a token takes in each."""
+        if self.moe is None:
+            return 0, 0
+        return self.num_layers - self.num_dense_layers, self.moe.experts_per_token
+
     @functools.cached_property
     def kinds(self) -> tuple[LayerKind, ...]:
         """Every layer's."""

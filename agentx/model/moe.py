@@ -176,9 +176,9 @@ class MoE(nnx.Module):
         """What the experts of one layer make of x, [B, S, D], and where its tokens went.
 
         useful_BS: bool, False at padding, which goes to no expert and counts in no statistic.
-        chosen_BSk: i32, experts recorded earlier, as `Routing.chosen`, to be taken again. Their
-          weights are made of the present scores, so gradients reach the router (routing replay,
-          Ma et al., 2025, arXiv:2510.11370).
+        chosen_BSk: i32, experts recorded earlier, as `Routing.chosen`, to be taken again; where it
+          is -1 the router chooses. Their weights are made of the present scores, so gradients reach
+          the router (routing replay, Ma et al., 2025, arXiv:2510.11370).
         """
         if useful_BS is None:
             useful_BS = jnp.ones(x_BSD.shape[:2], bool)
@@ -268,9 +268,8 @@ def _route(
     else:
         probability_TE = jax.nn.softmax(logits_TE)
         scores_TE = logits_TE if config.scores == "softmax_of_chosen" else probability_TE
-    if chosen_Tk is None:
-        bias_E = router.get("correction_bias", 0)
-        chosen_Tk = _choose(config, lax.stop_gradient(scores_TE + bias_E))
+    own_Tk = _choose(config, lax.stop_gradient(scores_TE + router.get("correction_bias", 0)))
+    chosen_Tk = own_Tk if chosen_Tk is None else jnp.where(chosen_Tk < 0, own_Tk, chosen_Tk)
     weight_Tk = jnp.take_along_axis(scores_TE, chosen_Tk, -1)
     if config.scores == "softmax_of_chosen":
         weight_Tk = jax.nn.softmax(weight_Tk)

@@ -217,20 +217,21 @@ class Transformer(nnx.Module):
         cache_k: Sequence[Array],
         cache_v: Sequence[Array],
         lengths: Array,
-    ) -> tuple[Array, tuple[list[Array], list[Array]]]:
+    ) -> tuple[Array, tuple[list[Array], list[Array]], Array | None]:
         """The hidden states of new tokens, which see a cache and one another causally.
 
         tokens, positions: i32[B, T]. cache_k, cache_v: of each of `config.places` [L, B, K, S, H]
         (see `config.cache_dims`). lengths: i32[B], how many columns of the cache each row sees.
 
-        Returns (hidden [B, T, D], (k, v)), the new tokens' keys and values, [L, B, K, T, H] of each
-        place, for `cache.write`.
+        Returns (hidden [B, T, D], (k, v), experts): the new tokens' keys and values, of each place
+        [L, B, K, T, H], for `cache.write`; and the experts that they took, as `Forward.experts`.
         """
         turns = self._turns(positions)
         caches = zip(cache_k, cache_v, strict=True)
         x_BTD = self._embed(tokens)
         new_k: list[Array] = []
         new_v: list[Array] = []
+        routing: list[Routing | None] = []
         for stack in self._stacks():
 
             def one_period(x_BTD, layers, stack=stack):
@@ -244,14 +245,16 @@ class Transformer(nnx.Module):
                     layer = nnx.merge(graphdef, weights)
                     layered = layer(x_BTD, turns[kind.rope], attend, from_cache=True)
                     x_BTD = layered.x
-                    new.append(self._cached(layered.k, layered.v))
+                    new.append((*self._cached(layered.k, layered.v), layered.routing))
                 return x_BTD, new
 
             layers = [(weights, *next(caches)) for _, _, weights in stack]
             x_BTD, new = lax.scan(one_period, x_BTD, layers)
-            new_k += [k for k, _ in new]
-            new_v += [v for _, v in new]
-        return self.final_norm(x_BTD), (new_k, new_v)
+            new_k += [k for k, _, _ in new]
+            new_v += [v for _, v, _ in new]
+            routing += [taken for _, _, taken in new]
+        forward = Forward(self.final_norm(x_BTD), self._in_order(routing))
+        return forward.hidden, (new_k, new_v), forward.experts
 
     def separate_layers(self) -> list[nnx.State]:
         """The weights of each layer in arrays of their own, stored for `project_few`.
@@ -279,7 +282,7 @@ class Transformer(nnx.Module):
         cache_v: Sequence[Array],
         lengths: Array,
         new_lengths: Array,
-    ) -> tuple[Array, list[Array], list[Array]]:
+    ) -> tuple[Array, list[Array], list[Array], Array | None]:
         """As `decode`, over separate layers and caches; each layer writes its cache as it goes.
 
         For CPUs. A scan copies each layer's weights and cache out of their stacks at every step,
@@ -289,7 +292,7 @@ class Transformer(nnx.Module):
         cache_v: of every layer [B, K, S, H]. new_lengths: i32[B], how many of the T tokens each row
         keeps (see `cache.write`).
 
-        Returns the hidden states [B, T, D] and the caches.
+        Returns the hidden states [B, T, D], the caches, and the experts that the tokens took.
         """
         num_new, columns = tokens.shape[1], cache_k[0].shape[2]
         columns_BT = new_columns(lengths, new_lengths, num_new, columns)
@@ -300,6 +303,7 @@ class Transformer(nnx.Module):
             for number in place.layers
         }
         caches_k, caches_v = list(cache_k), list(cache_v)
+        experts = []
         x_BTD = self._embed(tokens)
         for number, kind in enumerate(self.config.kinds):
 
@@ -313,8 +317,12 @@ class Transformer(nnx.Module):
 
             layer = nnx.merge(graphdefs[number], layers[number])
             options: dict[str, Any] = {"project": project_few, "from_cache": True}
-            x_BTD = layer(x_BTD, turns[kind.rope], attend, **options).x
-        return self.final_norm(x_BTD), caches_k, caches_v
+            layered = layer(x_BTD, turns[kind.rope], attend, **options)
+            x_BTD = layered.x
+            if layered.routing is not None:
+                experts.append(layered.routing.chosen)
+        taken = jnp.stack(experts, 2) if experts else None
+        return self.final_norm(x_BTD), caches_k, caches_v, taken
 
     def _attend_cache(
         self,

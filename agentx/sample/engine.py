@@ -25,7 +25,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -33,9 +33,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from agentx.model.config import ModelConfig
-from agentx.sample.programs import Decoded
 from agentx.sample.sampling import SamplingParams, check_sampling, check_seed
-from agentx.sample.slots import Reading, Running, Slice, Slots
+from agentx.sample.slots import Done, Reading, Running, Slice, Slots
 from agentx.sharding import MeshConfig, make_mesh
 
 Ids = Sequence[int] | np.ndarray
@@ -106,6 +105,8 @@ class Session:
         # What of it the cache holds, and in which row since the last slice.
         self._num_cached = 0
         self._row: int | None = None
+        # The experts that the tokens in the cache took, in pieces.
+        self._experts: list[np.ndarray] = []
         self._turn: _OpenTurn | None = None
         self._closed = ""
 
@@ -113,6 +114,37 @@ class Session:
     def ids(self) -> np.ndarray:
         """All of it so far, prompt, new ids and sampled ones: i32[n]."""
         return np.array(self._ids, np.int32)
+
+    @property
+    def experts(self) -> np.ndarray | None:
+        """The experts that its tokens took, i32[m, L, k], of the L layers that have experts: of all
+        tokens that were read, which the last one sampled was not. None where no layer has any."""
+        return np.concatenate(self._experts) if self._experts else None
+
+
+class _Planned(NamedTuple):
+    """A slice, and whom it serves: who samples, who reads a prompt, who copies whose, who reads new
+    ids; in the order of the slice's own lists."""
+
+    work: Slice
+    running: list[Session]
+    prompts: list[Session]
+    copies: list[tuple[Session, Session]]
+    readers: list[Session]
+
+    def keep_experts(self, done: Done, decoded_IBLk: np.ndarray) -> None:
+        """Gives every session the experts that its tokens took in this slice."""
+        for session, experts in zip(self.prompts, done.prompts, strict=True):
+            session._experts.append(experts)
+        for source, target in self.copies:
+            of_prompt = source.experts
+            assert of_prompt is not None
+            target._experts.append(of_prompt[: target._prompt_length - 1])
+        for session, experts in zip(self.readers, done.readings, strict=True):
+            session._experts.append(experts)
+        for session, state in zip(self.running, self.work.running, strict=True):
+            count = int(np.count_nonzero(done.decoded.ids[:, state.row] >= 0))
+            session._experts.append(decoded_IBLk[:count, state.row])
 
 
 class Engine:
@@ -285,11 +317,10 @@ class Engine:
         planned = self._plan()
         if planned is None:
             return []
-        running, work = planned
-        return self._collect(running, work, self._slots.run(self._params, work))
+        return self._collect(planned, self._slots.run(self._params, planned.work))
 
-    def _plan(self) -> tuple[list[Session], Slice] | None:
-        """Admits whom it can. The sessions that have a turn, and the slice that serves them."""
+    def _plan(self) -> _Planned | None:
+        """Admits whom it can. The slice that serves those who have a turn."""
         self._admit()
         rows = {s: row for row, s in enumerate(self._holders) if s is not None}
         running = [s for s in rows if s._turn is not None]
@@ -301,11 +332,12 @@ class Engine:
             source[row] = row if s._row is None else s._row
             s._row = row
         prompts, copies = self._read_prompts(running, rows)
-        readings, states = [], []
+        readings, states, readers = [], [], []
         for s in running:
             assert s._turn is not None
             if s._num_cached < len(s._ids) - 1:
                 readings.append(Reading(rows[s], s._ids[s._num_cached : -1], s._num_cached))
+                readers.append(s)
                 s._num_cached = len(s._ids) - 1
             budget = s._turn.end - len(s._ids)
             states.append(
@@ -314,7 +346,17 @@ class Engine:
         soon = (s.length + min(s.budget, _FEWEST_STEPS) for s in states)
         columns = max(*soon, *(s._num_cached for s in rows))
         floor = int(_PATIENCE * (len(running) - 1))
-        return running, Slice(source, keeps, columns, prompts, copies, readings, states, floor)
+        work = Slice(
+            source,
+            keeps,
+            columns,
+            [Reading(rows[s], s._ids[: s._prompt_length - 1], 0) for s in prompts],
+            [(rows[source], rows[target]) for source, target in copies],
+            readings,
+            states,
+            floor,
+        )
+        return _Planned(work, running, prompts, copies, readers)
 
     def _admit(self) -> None:
         """Gives free rows to those who wait, in more rows or fewer if that fits them better."""
@@ -328,8 +370,8 @@ class Engine:
 
     def _read_prompts(
         self, running: list[Session], rows: dict[Session, int]
-    ) -> tuple[list[Reading], list[tuple[int, int]]]:
-        """The prompts that nobody in a slot has read, and the copies to make of the others."""
+    ) -> tuple[list[Session], list[tuple[Session, Session]]]:
+        """Who reads a prompt that nobody in a slot has read, and who copies whose."""
         readers = {s._group: s for s in rows if s._num_cached}
         prompts, copies = [], []
         for s in running:
@@ -337,19 +379,20 @@ class Engine:
             if s._num_cached or not unread:
                 continue
             if s._group in readers:
-                copies.append((rows[readers[s._group]], rows[s]))
+                copies.append((readers[s._group], s))
             else:
                 readers[s._group] = s
-                prompts.append(Reading(rows[s], s._ids[:unread], 0))
+                prompts.append(s)
             s._num_cached = unread
         return prompts, copies
 
-    def _collect(
-        self, running: list[Session], work: Slice, decoded: Decoded
-    ) -> list[tuple[Session, Turn]]:
+    def _collect(self, planned: _Planned, done: Done) -> list[tuple[Session, Turn]]:
         """Adds what a slice sampled to its sessions; the turns that it finished."""
         finished = []
-        for session, state in zip(running, work.running, strict=True):
+        decoded = done.decoded
+        if decoded.experts is not None:
+            planned.keep_experts(done, decoded.experts)
+        for session, state in zip(planned.running, planned.work.running, strict=True):
             turn = session._turn
             if turn is None:
                 continue
@@ -402,9 +445,8 @@ class Engine:
                 if planned is None:
                     await self._wait_for_a_slot()
                     continue
-                running, work = planned
-                decoded = await asyncio.to_thread(self._slots.run, self._params, work)
-                self._collect(running, work, decoded)
+                done = await asyncio.to_thread(self._slots.run, self._params, planned.work)
+                self._collect(planned, done)
         except BaseException as error:
             self._close_all(f"a slice ended with {type(error).__name__}: {error}", error)
             if not isinstance(error, Exception):

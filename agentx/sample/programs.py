@@ -61,12 +61,15 @@ class Decoded(NamedTuple):
 
     ids: i32, -1 where a row rested. logprobs: f32, over the whole vocabulary at the row's
     temperature, of which 0 counts as 1: as the trainer computes them, whatever top_k and top_p
-    were; 0 where a row rested. processed_logprobs: see `Sampled`.
+    were; 0 where a row rested. processed_logprobs: see `Sampled`. experts: i32[I, B, L, k], those
+    that the token took which was read in that step, the one before the one sampled, of the L layers
+    that have experts; None where none has.
     """
 
     ids: Array
     logprobs: Array
     processed_logprobs: Array
+    experts: Array | None
     steps: Array
 
 
@@ -121,10 +124,11 @@ class Programs:
         tokens_RT: np.ndarray,
         starts_R: np.ndarray,
         counts_R: np.ndarray,
-    ) -> Cache:
+    ) -> tuple[Cache, Array | None]:
         """Appends the keys and values of the first counts[r] of tokens[r] to row rows[r].
 
-        starts: i32[R], the columns in use by those rows. A count of 0 is padding.
+        starts: i32[R], the columns in use by those rows. A count of 0 is padding. Also gives the
+        experts that the tokens took, i32[R, T, L, k], or None (see `Decoded`).
         """
         arguments = (cache, rows_R, tokens_RT, starts_R, counts_R)
         run = self._get(("feed", *_shape(cache), *tokens_RT.shape), self._feed, arguments)
@@ -219,22 +223,25 @@ class Programs:
         nothing_IB = jnp.zeros((MAX_STEPS, rows.token.shape[0]), jnp.float32)
         shape = (*nothing_IB.shape, self._config.d_model)
         hidden_IBD = constrain(jnp.zeros(shape, self._config.compute_dtype), None, "batch", None)
-        out = (nothing_IB.astype(jnp.int32) - 1, nothing_IB, hidden_IBD)
+        experts_IBLk = None
+        if self._config.moe is not None:
+            experts_IBLk = jnp.zeros((*nothing_IB.shape, *self._config.routing_shape), jnp.int32)
+        out = (nothing_IB.astype(jnp.int32) - 1, nothing_IB, hidden_IBD, experts_IBLk)
 
         layers = model.separate_layers() if self._separate else ()
 
         def read(token_B1, cache, counts_B):
             if self._separate:
-                hidden, k, v = model.decode_in_place(
+                hidden, k, v, experts = model.decode_in_place(
                     layers, token_B1, cache.k, cache.v, cache.lengths, counts_B
                 )
                 cache = KVCache(k, v, cache.lengths + counts_B)
             else:
                 positions_B1 = cache.lengths[:, None]
-                hidden, new = model.decode(token_B1, positions_B1, *cache)
+                hidden, new, experts = model.decode(token_B1, positions_B1, *cache)
                 cache = write(cache, *new, counts_B)
             k, v = self._constrain((cache.k, cache.v))
-            return hidden, KVCache(k, v, cache.lengths)
+            return (hidden, experts), KVCache(k, v, cache.lengths)
 
         def goes_on(state):
             step, _, _, active_B, _ = state
@@ -242,17 +249,19 @@ class Programs:
 
         def one_step(state):
             step, cache, token_B, active_B, out = state
-            hidden_B1D, cache = read(token_B[:, None], cache, active_B.astype(jnp.int32))
+            of_read, cache = read(token_B[:, None], cache, active_B.astype(jnp.int32))
+            hidden_BD, experts_BLk = jax.tree.map(lambda x_B1: x_B1[:, 0], of_read)
             with jax.named_scope("sample"):
-                raw_BV = jnp.dot(hidden_B1D[:, 0], table_DV, preferred_element_type=jnp.float32)
+                raw_BV = jnp.dot(hidden_BD, table_DV, preferred_element_type=jnp.float32)
                 logits_BV = capped(raw_BV, self._config.logit_softcap)
                 # The token to be drawn stands at the position after the one just read.
                 uniform_B = row_uniforms(seed, rows.request, cache.lengths)
                 drawn = sample(logits_BV, uniform_B, rows.sampling)
             drawn = drawn._replace(token=jnp.where(active_B, drawn.token, -1))
-            out = tuple(
-                lax.dynamic_update_index_in_dim(o_IB, x_B, step, 0)
-                for o_IB, x_B in zip(out, (*drawn, hidden_B1D[:, 0]), strict=True)
+            out = jax.tree.map(
+                lambda o_IB, x_B: lax.dynamic_update_index_in_dim(o_IB, x_B, step, 0),
+                out,
+                (*drawn, hidden_BD, experts_BLk),
             )
             token_B = jnp.where(active_B, drawn.token, token_B)
             stopped_B = (drawn.token[:, None] == stop_ids).any(-1) | (step + 1 >= rows.budget)
@@ -260,7 +269,7 @@ class Programs:
 
         state = (jnp.int32(0), KVCache(*cache, rows.length), rows.token, rows.budget > 0, out)
         steps, (k, v, _), _, _, out = lax.while_loop(goes_on, one_step, state)
-        ids_IB, processed_IB, hidden_IBD = out
+        ids_IB, processed_IB, hidden_IBD, experts_IBLk = out
         temperature_B = divisor(jnp.asarray(rows.sampling.temperature))
         temperature_IB = jnp.broadcast_to(temperature_B, ids_IB.shape)
         of_tokens = hidden_IBD, ids_IB, temperature_IB
@@ -274,7 +283,7 @@ class Programs:
         num_pieces = -(-steps // _SCORED_STEPS)
         logprobs_IB = lax.fori_loop(0, num_pieces, score, nothing_IB)
         logprobs_IB = jnp.where(ids_IB >= 0, logprobs_IB, 0)
-        return (k, v), Decoded(ids_IB, logprobs_IB, processed_IB, steps)
+        return (k, v), Decoded(ids_IB, logprobs_IB, processed_IB, experts_IBLk, steps)
 
     def _feed(
         self,
@@ -284,14 +293,14 @@ class Programs:
         tokens_RT: Array,
         starts_R: Array,
         counts_R: Array,
-    ) -> Cache:
+    ) -> tuple[Cache, Array | None]:
         model = nnx.merge(self._graphdef, params)
         k, v = jax.tree.map(lambda x: x[..., rows_R, :, :, :], cache)
         if self._separate:
             k, v = self._stacked(k), self._stacked(v)
         steps_T = jnp.arange(tokens_RT.shape[1])
         columns_RT = starts_R[:, None] + steps_T
-        _, (k_new, v_new) = model.decode(tokens_RT, columns_RT, k, v, starts_R)
+        _, (k_new, v_new), experts = model.decode(tokens_RT, columns_RT, k, v, starts_R)
         if self._separate:
             k_new, v_new = self._unstacked(k_new), self._unstacked(v_new)
         no_column = _shape(cache)[1]
@@ -302,7 +311,7 @@ class Programs:
             at = old.at[..., rows_R[:, None], :, columns_RT, :]
             return at.set(jnp.moveaxis(new, (-4, -2), (0, 1)), mode="drop")
 
-        return self._constrain(jax.tree.map(append, cache, (k_new, v_new)))
+        return self._constrain(jax.tree.map(append, cache, (k_new, v_new))), experts
 
     def _stacked(self, layers: list[Array]) -> list[Array]:
         """Every layer's array -> every place's."""

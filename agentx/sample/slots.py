@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -68,6 +68,15 @@ class Slice:
     floor: int
 
 
+class Done(NamedTuple):
+    """What a slice leaves: what was decoded, and the experts that the tokens of its prompts and of
+    its readings took, i32[n, L, k] each (see `Decoded`)."""
+
+    decoded: Decoded
+    prompts: list[np.ndarray]
+    readings: list[np.ndarray]
+
+
 class Slots:
     """The cache of an engine and its sizes. See `Engine` for the arguments."""
 
@@ -88,6 +97,7 @@ class Slots:
         self._feed_rows = min(full, _round_up(16, parts))
         self._feed_length = min(512, max(16, 1 << (max_length // 8).bit_length() - 1))
         self._programs = _programs(config, mesh, stop_ids)
+        self._no_experts = np.zeros((0, *config.routing_shape), np.int32)
         self._seed = seed
         self._lock = threading.Lock()
         self._cache: Any = None
@@ -105,17 +115,17 @@ class Slots:
         """The smallest number of rows that holds so many sessions, or all there are."""
         return next((size for size in self.row_sizes if size >= sessions), self.row_sizes[-1])
 
-    def run(self, params: nnx.State, work: Slice) -> Decoded:
+    def run(self, params: nnx.State, work: Slice) -> Done:
         """Carries out one slice; numpy arrays out. One at a time, from whatever thread."""
         with self._lock:
             return self._run(params, work)
 
-    def _run(self, params: nnx.State, work: Slice) -> Decoded:
+    def _run(self, params: nnx.State, work: Slice) -> Done:
         try:
             self._resize(work)
-            self._read(params, work.prompts)
+            prompts = self._read(params, work.prompts)
             self._copy(work.copies)
-            self._read(params, work.readings)
+            readings = self._read(params, work.readings)
             columns_left = self._shape[1] - max(r.length for r in work.running)
             self._cache, decoded = self._programs.decode(
                 params,
@@ -125,7 +135,7 @@ class Slots:
                 min(MAX_STEPS, columns_left),
                 work.floor,
             )
-            return Decoded(*(np.asarray(x) for x in decoded))
+            return Done(jax.tree.map(np.asarray, decoded), prompts, readings)
         except BaseException:
             # Half done, and perhaps donated to a program that failed: nothing in it can be used.
             self._cache, self._shape = None, (0, 0)
@@ -171,11 +181,16 @@ class Slots:
             )
         self._shape = rows, columns
 
-    def _read(self, params: nnx.State, readings: list[Reading]) -> None:
-        """Feeds the readings, the longest first, so that rows of like length go together."""
-        readings = sorted(readings, key=lambda r: -len(r.ids))
-        for i in range(0, len(readings), self._feed_rows):
-            together = readings[i : i + self._feed_rows]
+    def _read(self, params: nnx.State, readings: list[Reading]) -> list[np.ndarray]:
+        """Feeds the readings, the longest first, so that rows of like length go together.
+
+        Gives the experts that each reading's tokens took, i32[n, L, k] (see `Decoded`).
+        """
+        taken: list[list[np.ndarray]] = [[] for _ in readings]
+        order = sorted(range(len(readings)), key=lambda r: -len(readings[r].ids))
+        for i in range(0, len(order), self._feed_rows):
+            numbers = order[i : i + self._feed_rows]
+            together = [readings[number] for number in numbers]
             for offset in range(0, len(together[0].ids), self._feed_length):
                 rows_R, starts_R, counts_R = np.zeros((3, self._feed_rows), np.int32)
                 tokens_RT = np.zeros((self._feed_rows, self._feed_length), np.int32)
@@ -183,9 +198,14 @@ class Slots:
                     ids = reading.ids[offset : offset + self._feed_length]
                     rows_R[r], starts_R[r] = reading.row, reading.start + offset
                     counts_R[r], tokens_RT[r, : len(ids)] = len(ids), ids
-                self._cache = self._programs.feed(
+                self._cache, experts = self._programs.feed(
                     params, self._cache, rows_R, tokens_RT, starts_R, counts_R
                 )
+                if experts is not None:
+                    experts_RTLk = np.asarray(experts)
+                    for r, number in enumerate(numbers):
+                        taken[number].append(experts_RTLk[r, : counts_R[r]])
+        return [np.concatenate(x) if x else self._no_experts for x in taken]
 
     def _copy(self, copies: list[tuple[int, int]]) -> None:
         for i in range(0, len(copies), self._feed_rows):
