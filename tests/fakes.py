@@ -77,6 +77,7 @@ class EchoTasks:
 class ScriptedSession:
     request_id: int
     length: int
+    experts: None = None
 
 
 class ScriptedEngine:
