@@ -456,7 +456,7 @@ def test_turns_that_are_fed_piece_by_piece_have_the_logprobs_of_the_whole():
     @jax.jit
     def log_softmax(params, tokens):
         whole = nnx.merge(nnx.graphdef(model), params)
-        hidden = whole(tokens, causal(*tokens.shape))
+        hidden = whole(tokens, causal(*tokens.shape)).hidden
         return jax.nn.log_softmax(hidden @ whole.unembedding().T)
 
     expected = np.asarray(log_softmax(fresh_params(), tokens))
