@@ -500,11 +500,17 @@ def data_stats(
 def model_info(
     context: Context,
     name: Annotated[str, typer.Argument(help="A .gin file of a run or a model, or its name.")],
+    length: Annotated[
+        int | None, typer.Option(help="Of a row, in tokens; the model's longest by default.")
+    ] = None,
+    mesh: Annotated[
+        str, typer.Option(help="Devices by axis, fsdp=8,tensor=2 for instance; one by default.")
+    ] = "",
 ) -> None:
-    """A model's sizes: parameters, memory, arithmetic. Takes --gin.ModelConfig.field=value."""
-    from agentx.cli.models import model_table
+    """What a model takes: parameters, arithmetic, memory. Takes --gin.ModelConfig.field=value."""
+    from agentx.cli.models import load_model, model_table
 
-    print(model_table(name, context.obj))
+    print(model_table(load_model(name, context.obj), length, mesh))
     _done(f"That was the model of {name}", "agentx train RUN.gin, for a run that includes it")
 
 
