@@ -9,7 +9,6 @@ Legend: B rows, T tokens of a prompt, S columns of the cache, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -109,13 +108,9 @@ def export_stablehlo(
     what the parameters are stored in, "float32" or "bfloat16"; the cache and the arithmetic have
     the type of the activations. The folder is written under another name and renamed when whole.
 
-    Raises ValueError where it exists and is not empty, where the sizes do not fit the model, where
-    params do not fit config, or where the package flatbuffers is missing.
+    Raises ValueError where it exists and is not empty, where the sizes do not fit the model, or
+    where params do not fit config.
     """
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise ValueError(
-            "StableHLO needs a package that is not installed: pip install 'agentx[stablehlo]'"
-        )
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}; choose float32 or bfloat16")
     if rows < 1 or not 1 <= tokens <= columns <= config.max_length:
