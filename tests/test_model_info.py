@@ -99,7 +99,7 @@ def test_latent_attention_caches_one_vector_whatever_the_tensor_axis():
 def test_a_model_is_found_by_its_name_alone_and_shown(capsys):
     assert main(["model", "info", "qwen3-30b-a3b", "--length", "4096", "--mesh", "expert=8"]) == 0
     printed = capsys.readouterr().out
-    assert figures(printed, "active") == ["3,353,032,704 for each token"]
+    assert figures(printed, "active") == ["3,353,032,704 for each token, all embeddings counted"]
     assert "memory of each of 8 devices" in printed
 
 

@@ -69,9 +69,10 @@ def model_table(config: ModelConfig, length: int | None = None, mesh: str = "") 
     devices = parse_mesh(mesh)
     total, active = sizes.num_params(config), sizes.num_active_params(config)
     flops = sizes.train_flops_per_token(config, length)
+    met = f"{active:,} for each token, all embeddings counted"
     numbers = [
         ("parameters", f"{total:,}"),
-        *([("active", f"{active:,} for each token")] if active != total else []),
+        *([("active", met)] if active != total else []),
         ("KV cache", f"{_amount(sizes.cache_bytes_per_token(config))} a token"),
         ("arithmetic", f"{flops / 1e9:,.3f} GFLOP to train a token of a row of {length:,}"),
     ]
