@@ -17,8 +17,6 @@ import pytest
 from flax import nnx
 from jax import export
 
-from agentx.cli import runs
-from agentx.cli.main import main
 from agentx.interop.stablehlo import export_stablehlo
 from agentx.model.config import LatentConfig, ModelConfig
 from agentx.model.moe_config import MoEConfig
@@ -265,15 +263,3 @@ def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(ValueError, match="exists and is not empty"):
         export_stablehlo(params, config, tmp_path / "full", **SHAPES)
     assert not (tmp_path / "out").exists()
-
-
-def test_the_command_writes_a_run(tmp_path, monkeypatch, capsys):
-    config = MODELS["dense"]
-    policy = runs.Policy(config, params_of(config), None, None)
-    monkeypatch.setattr(runs, "load_run", lambda run: policy)
-    out = tmp_path / "out"
-    options = ["--rows", "2", "--tokens", "7"]
-    assert main(["model", "stablehlo", "some/run", str(out), *options]) == 0
-    assert f"The programs are in {out}" in capsys.readouterr().out
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert [manifest[x] for x in ("rows", "tokens", "columns")] == [2, 7, config.max_length]
