@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "context", "expert")
 
@@ -133,12 +133,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh.shape))
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The sharding of every array of `tree`, in a tree of the same structure.
 
     An `nnx.Variable` goes by its axes: so parameters, gradients and optimizer moments lie alike.
-    Anything else, such as a counter of steps, is copied to every device. Arrays may be abstract.
-    Raises ValueError as `spec` does, naming the parameter.
+    Anything else, such as a counter of steps, is copied to every device. Arrays and mesh may be
+    abstract. Raises ValueError as `spec` does, naming the parameter.
     """
     is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)

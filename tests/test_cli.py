@@ -394,6 +394,18 @@ def test_a_run_is_exported(trained, tmp_path, capsys):
     assert f"vllm serve {tmp_path}/model" in capsys.readouterr().out
 
 
+def test_a_run_is_written_as_programs(trained, tmp_path, capsys, sentence):
+    command = ["model", "stablehlo", trained.run, tmp_path / "programs", "--tokens", 16]
+    assert main([*map(str, command), "--rows", "2"]) == 0
+    assert f"The programs are in {tmp_path}/programs" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "programs" / "manifest.json").read_text())
+    assert [manifest[x] for x in ("rows", "tokens", "columns")] == [2, 16, 32]
+    assert (
+        sentence(*command) == f"{tmp_path}/programs exists and is not empty; give another directory"
+    )
+    assert sentence(*command[:3], tmp_path / "more", "--columns", 64).endswith("the model's 32")
+
+
 @pytest.mark.parametrize("options", [[], ["--raw"]])
 def test_a_checkpoint_answers(trained, capsys, options):
     said = ["sample", "--checkpoint", str(trained.run), "--max-tokens", "2", *options, "hi"]

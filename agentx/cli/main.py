@@ -38,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 tokenizer_app = typer.Typer(help="Train a tokenizer, or look at one.")
-model_app = typer.Typer(help="Look at a model config.")
+model_app = typer.Typer(help="What a model takes, and its programs for others.")
 data_app = typer.Typer(help="Build a token store, or look into one.")
 env_app = typer.Typer(help="Check an environment.")
 app.add_typer(tokenizer_app, name="tokenizer")
@@ -500,12 +500,42 @@ def data_stats(
 def model_info(
     context: Context,
     name: Annotated[str, typer.Argument(help="A .gin file of a run or a model, or its name.")],
+    length: Annotated[
+        int | None, typer.Option(help="Of a row, in tokens; the model's longest by default.")
+    ] = None,
+    mesh: Annotated[
+        str, typer.Option(help="Devices by axis, fsdp=8,tensor=2 for instance; one by default.")
+    ] = "",
 ) -> None:
-    """A model's sizes: parameters, memory, arithmetic. Takes --gin.ModelConfig.field=value."""
-    from agentx.cli.models import model_table
+    """What a model takes: parameters, arithmetic, memory. Takes --gin.ModelConfig.field=value."""
+    from agentx.cli.models import load_model, model_table
 
-    print(model_table(name, context.obj))
+    print(model_table(load_model(name, context.obj), length, mesh))
     _done(f"That was the model of {name}", "agentx train RUN.gin, for a run that includes it")
+
+
+@model_app.command("stablehlo")
+def model_stablehlo(
+    context: Context,
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    rows: Annotated[int, typer.Option(help="How many rows the programs take.")] = 1,
+    tokens: Annotated[int, typer.Option(help="The most tokens of a prompt.")] = 128,
+    columns: Annotated[
+        int | None, typer.Option(help="Of the cache; as many as the model has by default.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the parameters: float32, bfloat16.")] = "float32",
+) -> None:
+    """A run's newest checkpoint as StableHLO of prefill and decode, which run without agentx."""
+    from agentx.cli.runs import load_run
+    from agentx.interop.stablehlo import export_stablehlo
+
+    _refuse_overrides(context)
+    policy = load_run(run)
+    columns = policy.config.max_length if columns is None else columns
+    shapes = {"rows": rows, "tokens": tokens, "columns": columns}
+    folder = export_stablehlo(policy.params, policy.config, out, **shapes, dtype=dtype)
+    _done(f"The programs are in {folder}", f"less {folder}/manifest.json")
 
 
 @env_app.command("check")

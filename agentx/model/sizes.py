@@ -7,6 +7,7 @@ Legend: L layers, S tokens a row.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -67,6 +68,7 @@ def _share(param: nnx.Variable, config: ModelConfig) -> float:
     return config.moe.experts_per_token / config.moe.num_experts
 
 
+@functools.lru_cache(maxsize=4)  # every function here asks for them
 def _params(config: ModelConfig) -> list[nnx.Variable]:
     params = nnx.state(abstract_transformer(config))
     return jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
