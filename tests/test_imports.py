@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "rollout": "sample env render trajectory",
     "eval": "rollout env render sample metrics trajectory",
     "source": "data rollout advantages batch render tokenizer trajectory model sample env kernels",
-    "interop": "model tokenizer",
+    "interop": "model tokenizer kernels",
     "report": "metrics eval trajectory",
     "train": "step source checkpoint metrics model losses optim sample sharding tokenizer",
 }

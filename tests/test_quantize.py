@@ -251,6 +251,10 @@ def test_the_loss_of_accuracy_is_what_two_forward_passes_say(kind):
     assert found.loss == pytest.approx(-picked[0], rel=1e-5)
     assert found.quantized_loss == pytest.approx(-picked[1], rel=1e-5)
     assert found.divergence > 0
+    # What stands behind the end of a row counts for nothing.
+    padded = np.pad(tokens, ((0, 0), (0, 5)), constant_values=-1)
+    again = accuracy_loss(flat, config, padded, kind)
+    np.testing.assert_allclose(again[1:], found[1:], rtol=1e-3)
     assert set(found.weights) == {
         *(f"attention.w_{x}" for x in "qkvo"),
         *(f"mlp.w_{x}" for x in ("gate", "up", "down")),
@@ -266,6 +270,6 @@ def test_rows_that_no_loss_can_be_measured_on_are_refused():
     flat = make_params(config)
     with pytest.raises(ValueError, match=r"tokens has shape \(3, 1\); give rows of 2"):
         accuracy_loss(flat, config, np.zeros((3, 1), np.int32), "int8")
-    with pytest.raises(ValueError, match="ids from 0 to 288; the model has 288"):
+    with pytest.raises(ValueError, match="tokens has an id 288; the model has 288"):
         accuracy_loss(flat, config, np.array([[0, 288]]), "int8")
     assert random_rows(288, 64).shape == (4, 64)

@@ -10,8 +10,14 @@ import numpy as np
 from flax import nnx
 
 from agentx.interop.families import family_of
-from agentx.interop.quantize import Quantization, dequantized, is_linear, quantized
-from agentx.interop.tensors import family_tensors, flatten_params
+from agentx.interop.quantize import (
+    Quantization,
+    check_quantization,
+    dequantized,
+    is_linear,
+    quantized,
+)
+from agentx.interop.tensors import Tensor, family_tensors, flatten_params
 from agentx.model.config import ModelConfig
 from agentx.model.transformer import abstract_transformer
 from agentx_kernels.layout import causal
@@ -56,37 +62,40 @@ def accuracy_loss(
 ) -> AccuracyLoss:
     """Runs a model and the same with quantized weights over rows of tokens.
 
-    params: as of `export_huggingface`. tokens: i32[B, S], each row one text without padding. dtype:
-    of the scales. Only quantization is measured: what else an export rounds to dtype stays as it
-    is here. Both models are held at once, and the logits of one row.
+    params: as of `export_huggingface`. tokens: i32[B, S], a text a row, -1 behind its end.
+    dtype: of the scales. Only quantization is measured: what else an export rounds to dtype stays
+    as it is here. Both models are held at once, and the logits of one row.
 
-    Raises ValueError where the rows have no next token, or one that the model does not know.
+    Raises ValueError where the rows have no next token, or one that the model does not know, and
+    what `check_quantization` does.
     """
-    if tokens.ndim != 2 or tokens.shape[1] < 2 or not len(tokens):
+    tensors = list(family_tensors(family_of(config), config).values())
+    check_quantization(quantize, tensors, config)
+    count = int(np.sum(tokens[:, 1:] >= 0)) if tokens.ndim == 2 else 0
+    if not count:
         raise ValueError(f"tokens has shape {tokens.shape}; give rows of 2 tokens or more")
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        raise ValueError(
-            f"tokens has ids from {tokens.min()} to {tokens.max()}; the model has "
-            f"{config.vocab_size} of them"
-        )
+    if tokens.max() >= config.vocab_size:
+        raise ValueError(f"tokens has an id {tokens.max()}; the model has {config.vocab_size}")
     arrays = flatten_params(params)
-    rounded, weights = _rounded(arrays, config, quantize, jnp.dtype(dtype))
+    rounded, weights = _rounded(arrays, tensors, quantize, jnp.dtype(dtype))
     before, after = _as_state(arrays, config), _as_state(rounded, config)
     graphdef = nnx.graphdef(abstract_transformer(config))
 
     @jax.jit
     def of_row(before: nnx.State, after: nnx.State, row_S: jax.Array) -> jax.Array:
+        # What stands behind the end is seen by nothing before it, and not counted.
+        known_S, row_S = row_S[1:] >= 0, jnp.maximum(row_S, 0)
         log_p_SV, log_q_SV = (_log_p(nnx.merge(graphdef, x), row_S) for x in (before, after))
-        divergence = jnp.sum(jnp.exp(log_p_SV) * (log_p_SV - log_q_SV))
-        picked = (jnp.take_along_axis(x, row_S[1:, None], 1).sum() for x in (log_p_SV, log_q_SV))
-        return jnp.stack([divergence, *(-x for x in picked)])
+        divergence_S = jnp.sum(jnp.exp(log_p_SV) * (log_p_SV - log_q_SV), 1)
+        lost = (-jnp.take_along_axis(x, row_S[1:, None], 1)[:, 0] for x in (log_p_SV, log_q_SV))
+        return jnp.stack([jnp.sum(x, where=known_S) for x in (divergence_S, *lost)])
 
     # Summed in the host's 64 bits: a difference of two sums is asked for.
     sums = np.zeros(3)
     for row in tokens:
         sums += np.asarray(of_row(before, after, jnp.asarray(row, jnp.int32)), np.float64)
-    count = tokens.shape[0] * (tokens.shape[1] - 1)
-    return AccuracyLoss(weights, *(float(x) for x in sums / count), count)
+    divergence, loss, quantized_loss = (float(x) for x in sums / count)
+    return AccuracyLoss(weights, divergence, loss, quantized_loss, count)
 
 
 def random_rows(vocab_size: int, max_length: int) -> np.ndarray:
@@ -99,14 +108,14 @@ def random_rows(vocab_size: int, max_length: int) -> np.ndarray:
 
 
 def _rounded(
-    arrays: dict[str, Any], config: ModelConfig, quantize: Quantization, dtype: np.dtype
+    arrays: dict[str, Any], tensors: list[Tensor], quantize: Quantization, dtype: np.dtype
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The parameters as a server of the quantized weights has them, and `AccuracyLoss.weights`."""
     rounded = dict(arrays)
     new: dict[str, np.ndarray] = {}
     error: dict[str, float] = {}
     norm: dict[str, float] = {}
-    for tensor in family_tensors(family_of(config), config).values():
+    for tensor in tensors:
         if not is_linear(tensor):
             continue
         (piece,) = tensor.pieces
