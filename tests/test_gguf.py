@@ -5,6 +5,7 @@ weights; which numbers a file then holds is decided by the gguf package.
 """
 
 import functools
+import importlib
 import re
 
 import jax
@@ -136,6 +137,8 @@ def write(path, name, quantization=Q.F32, *, change=lambda tensors: None, **sett
         "rope.freq_base": rope["rope_theta"],
         "vocab_size": config.vocab_size,
     }
+    if architecture == "llama":
+        about["rope.dimension_count"] = config.head_dim
     if name in ("mistral", "gemma 3"):
         about["attention.sliding_window"] = config.sliding_window
     if rope["rope_type"] in ("linear", "yarn"):
@@ -223,13 +226,23 @@ def test_types_are_dequantized_before_they_are_taken_apart(kind, name, tmp_path)
         assert np.array_equal(array, wanted[key]), key
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen 2", "qwen 3"])
+# transformers reads no scaling of the rotation, and of qwen3 no size of the heads.
+@pytest.mark.parametrize("name", ["llama, tied", "qwen 2", "gemma 3"])
 def test_transformers_reads_the_same_file_as_the_same_model(name, tmp_path):
+    load = importlib.import_module("transformers.modeling_gguf_pytorch_utils").load_gguf_checkpoint
     path = write(tmp_path / "model.gguf", name, Q.Q8_0, rope__scaling__type=None)
+    about = {**load(path)["config"], "vocab_size": 96}
+    if name == "gemma 3":  # llama.cpp takes the size of a head for it, and transformers 256
+        about["query_pre_attn_scalar"] = 32
+    peer = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**about), attn_implementation="eager"
+    ).eval()
+    state = load(path, return_tensors=True, model_to_load=peer)["tensors"]
+    missing, surplus = peer.load_state_dict(state, strict=False)
+    assert not surplus
+    assert set(missing) <= {"lm_head.weight"}
+    peer.tie_weights()
     config, arrays = read_gguf(path)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file="model.gguf", dtype="float32", attn_implementation="eager"
-    )
     tokens = np.random.default_rng(0).integers(0, 96, (2, 40))
     with torch.no_grad():
         wanted = peer(torch.from_numpy(tokens)).logits
@@ -246,7 +259,8 @@ def test_tensors_come_one_at_a_time(tmp_path):
 
 
 def test_the_scaling_of_llama_3_is_known_by_its_divisors(tmp_path):
-    about = {"rope__freq_base": 5e5, "attention__key_length": 128, "attention__value_length": 128}
+    sizes = ("attention__key_length", "attention__value_length", "rope__dimension_count")
+    about = {"rope__freq_base": 5e5, **dict.fromkeys(sizes, 128)}
     wanted = Llama3Rope(32.0, 8192)
     divisors = 5e5 ** -(np.arange(0, 128, 2) / 128) / wanted.frequencies(5e5, 128, 64)[0]
 
