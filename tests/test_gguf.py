@@ -319,7 +319,8 @@ def drop(name):
         ),
         ({"block_count": None}, "lacks llama.block_count"),
         ({"expert_count": 4}, "has llama.expert_count, which cannot be read"),
-        ({"feed_forward_length": [96, 96, 64]}, "d_ff is not the same of all layers"),
+        ({"feed_forward_length": [96, 96, 64]}, r"d_ff is \[96, 96, 64\]; only one number for all"),
+        ({"attention__head_count": 0}, "num_heads is 0; only one number"),
         ({"rope__dimension_count": 8}, "rope.dimension_count is 8, and a head has 16"),
         (
             {"rope__scaling__type": "longrope", "rope__scaling__factor": 2.0},
@@ -334,6 +335,16 @@ def test_what_cannot_be_read_is_said_in_one_sentence(options, sentence, tmp_path
         read_gguf(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "rope_freqs.weight"])
+def test_a_tensor_of_another_architecture_is_left_over(name, tmp_path):
+    def change(tensors):
+        tensors[name] = np.ones(16, np.float32)
+
+    path = write(tmp_path / "model.gguf", "qwen 3", change=change)
+    with pytest.raises(ValueError, match=f"has a tensor that the model has not: {name}"):
+        read_gguf(path)
 
 
 def test_a_file_that_is_cut_short_anywhere_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from agentx.interop.families import family_of
-from agentx.interop.huggingface import export_huggingface
+from agentx.interop.huggingface import export_huggingface, import_huggingface
 from agentx.interop.quantize import dequantized, quantized
 from agentx.interop.quantize_loss import accuracy_loss, random_rows
 from agentx.interop.tensors import family_tensors, flatten_params
@@ -199,6 +199,8 @@ def test_files_are_cut_by_what_is_stored_and_are_smaller(tmp_path):
         assert all(about["weight_map"][name] == file.name for name in arrays)
     assert about["metadata"]["total_size"] == sum(sizes.values())
     assert sizes["model.layers.0.mlp.up_proj.weight_packed"] == 48 * 32
+    with pytest.raises(ValueError, match="quantized weights, which cannot be read; give the one"):
+        import_huggingface(folder)
 
 
 def test_experts_are_quantized_and_their_routers_are_not(tmp_path):
@@ -206,10 +208,15 @@ def test_experts_are_quantized_and_their_routers_are_not(tmp_path):
     folder = export_huggingface(flat, MOE, TOKENIZER, tmp_path / "out", quantize="int8")
     about = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert about["ignore"] == ["lm_head", *(f"model.layers.{i}.mlp.gate" for i in range(3))]
-    with safe_open(folder / "model.safetensors", framework="numpy") as file:
-        names = set(file.keys())
-    assert "model.layers.0.mlp.gate.weight" in names
-    assert "model.layers.2.mlp.experts.3.down_proj.weight_packed" in names
+    compressed = pytest.importorskip("compressed_tensors")
+    inside = tensors_of(folder)
+    assert "model.layers.0.mlp.gate.weight" in inside
+    scheme = compressed.quantization.QuantizationScheme(**about["config_groups"]["group_0"])
+    compressor = compressed.BaseCompressor.get_value_from_registry(scheme.format)
+    expert = "model.layers.2.mlp.experts.3.down_proj"
+    parts = {x: inside[f"{expert}.{x}"] for x in compressor.compression_param_names(scheme)}
+    found = compressor.decompress(parts, scheme)["weight"]
+    assert np.array_equal(found, rounded(MOE, flat, "int8")[f"{expert}.weight"])
 
 
 @pytest.mark.parametrize(

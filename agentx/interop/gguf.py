@@ -87,7 +87,6 @@ _GEMMA_PERIOD, _GEMMA_27B_LAYERS = 6, 62
 # The length that Llama 3 had before it was made longer.
 _LLAMA_3_LENGTH = 8192
 
-
 # Settings that change what a model computes, and that ours has not.
 _NOT_OURS = (
     "attention.clamp_kqv",
@@ -100,14 +99,15 @@ _NOT_OURS = (
     "residual_scale",
     "use_parallel_residual",
 )
-_SCALING = (
+# What is known below rope.scaling.
+_SCALING = {
     "type",
     "factor",
     "original_context_length",
     "finetuned",
     "yarn_beta_fast",
     "yarn_beta_slow",
-)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +146,11 @@ class GGUFFile:
                     f"{self.path}: {name} has shape {self.shape(name)}, and its metadata means "
                     f"{tensor.shape}"
                 )
-        surplus = sorted(self.stored.keys() - tensors.keys() - {_ROPE_FREQS})
+        surplus = self.stored.keys() - tensors.keys()
+        if self.architecture == "llama":
+            surplus -= {_ROPE_FREQS}
         if surplus:
-            raise ValueError(f"{self.path} has a tensor that the model has not: {surplus[0]}")
+            raise ValueError(f"{self.path} has a tensor that the model has not: {min(surplus)}")
         for name, tensor in tensors.items():
             yield tensor, _as_huggingface(self, name)
 
@@ -253,8 +255,11 @@ def _config(file: GGUFFile) -> ModelConfig:
         "max_length": file.required("context_length"),
     }
     for name, size in sizes.items():
-        if not isinstance(size, int):
-            raise ValueError(f"{file.path}: {name} is not the same of all layers: {size}")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"{file.path}: {name} is {size}; only one number for all layers, 1 or more, can be "
+                "read"
+            )
     head_dim = about.get("attention.key_length", sizes["d_model"] // num_heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if about.get(name, head_dim) != head_dim:
@@ -265,9 +270,9 @@ def _config(file: GGUFFile) -> ModelConfig:
         "head_dim": head_dim,
         "tie_embeddings": "output.weight" not in file.stored,
         "qk_norm": "head" if kind in ("qwen3", "gemma3") else "none",
-        "qkv_bias": "blk.0.attn_q.bias" in file.stored,
-        "output_bias": "blk.0.attn_output.bias" in file.stored,
-        "mlp_bias": "blk.0.ffn_gate.bias" in file.stored,
+        "qkv_bias": kind in ("llama", "qwen2") and "blk.0.attn_q.bias" in file.stored,
+        "output_bias": kind == "llama" and "blk.0.attn_output.bias" in file.stored,
+        "mlp_bias": kind == "llama" and "blk.0.ffn_gate.bias" in file.stored,
         "norm_eps": _short(file.required("attention.layer_norm_rms_epsilon")),
         "rope_theta": _theta(file),
         "rope_scaling": _rope_scaling(file, head_dim),
@@ -309,20 +314,21 @@ def _rope_scaling(file: GGUFFile, head_dim: int) -> RopeScaling | None:
         for key, value in file.about.items()
         if key.startswith("rope.scaling.")
     }
-    surplus = sorted(given.keys() - set(_SCALING))
+    surplus = sorted(given.keys() - _SCALING)
     if surplus:
         raise ValueError(f"{file.path} has rope.scaling.{surplus[0]}, which cannot be read")
     kind = given.get("type", "none")
-    if _ROPE_FREQS in file.stored and kind == "none":
+    if file.architecture == "llama" and _ROPE_FREQS in file.stored:
+        if kind != "none":
+            raise ValueError(f"{file.path} has {_ROPE_FREQS} and rope.scaling.type {kind!r} too")
         return _divided(file, head_dim)
     if kind == "none":
         return None
-    factor = _short(file.required("rope.scaling.factor"))
-    if _ROPE_FREQS not in file.stored and kind == "linear":
-        return LinearRope(factor)
-    if _ROPE_FREQS not in file.stored and kind == "yarn":
+    if kind == "linear":
+        return LinearRope(_short(file.required("rope.scaling.factor")))
+    if kind == "yarn":
         return YarnRope(
-            factor,
+            _short(file.required("rope.scaling.factor")),
             given.get("original_context_length", file.required("context_length")),
             _short(given.get("yarn_beta_fast", 32.0)),
             _short(given.get("yarn_beta_slow", 1.0)),

@@ -131,6 +131,11 @@ def read_config(directory: PathLike) -> tuple[Family, ModelConfig]:
     """
     path = Path(directory) / "config.json"
     about = _read_json(path)
+    if about.get("quantization_config"):
+        raise ValueError(
+            f"{path} is of a model with quantized weights, which cannot be read; give the one that "
+            "it was made from"
+        )
     family = _family_named(about, path)
     return family, family.read(about, path)
 
