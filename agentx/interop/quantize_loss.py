@@ -48,7 +48,7 @@ class AccuracyLoss(NamedTuple):
             "-log p after": self.quantized_loss,
             "difference": self.quantized_loss - self.loss,
         }
-        lines += [f"{name:<{width}}  {figure:10.5f}" for name, figure in figures.items()]
+        lines += [f"{name:<{width}}  {figure:10.6f}" for name, figure in figures.items()]
         return "\n".join(lines)
 
 
