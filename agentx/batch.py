@@ -24,6 +24,8 @@ class Batch(NamedTuple):
     old_logprobs: f32[B, S], by the trainer before the first update on this batch; None means that
       this is the first update, so that the current ones serve.
     reference_logprobs: f32[B, S], by a frozen model, for a KL term.
+    experts: i32[B, S, L, k], which experts each token took when it was sampled, of the L layers
+      that have experts; they are taken again. None where the router is to choose.
     """
 
     tokens: Array
@@ -35,3 +37,4 @@ class Batch(NamedTuple):
     sampler_logprobs: Array | None = None
     old_logprobs: Array | None = None
     reference_logprobs: Array | None = None
+    experts: Array | None = None

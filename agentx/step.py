@@ -26,22 +26,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agentx.batch import Batch
 from agentx.losses import Loss
+from agentx.model.moe import Routing, move_correction_biases, router_metrics
 from agentx.model.transformer import Transformer, init_params
 from agentx.optim import Optimizer
-from agentx.sharding import RULES, batch_sharding, check_batch, constrain, tree_shardings
-from agentx_kernels import logprob
+from agentx.sharding import batch_sharding, check_batch, constrain, tree_shardings
 from agentx_kernels.hardware import compiler_options
 
 Array = jax.Array
 Metrics = dict[str, Array]
-
-# How hidden states and the unembedding lie over the mesh.
-_SPLIT = logprob.VocabularySplit(
-    rows=RULES["batch"],
-    tokens=RULES["sequence"][0],
-    vocab=RULES["vocab"][0],
-    embed=RULES["embed"],
-)
 
 
 class TrainState(NamedTuple):
@@ -52,34 +44,33 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def token_logprobs(model: Transformer, batch: Batch, temperature: float) -> tuple[Array, Array]:
-    """Log-probabilities of the batch's targets, and entropies, f32[B, S] each.
+class Scored(NamedTuple):
+    """Log-probabilities of the batch's targets and entropies, f32[B, S] each; and where tokens went
+    of the layers with experts, stacked, its tokens in an order of their own; None without."""
 
-    They are computed in an order in which attention has as much to do on every device, and come in
+    logprobs: Array
+    entropy: Array
+    routing: Routing | None
+
+
+def token_logprobs(model: Transformer, batch: Batch, temperature: float) -> Scored:
+    """What the model makes of a batch.
+
+    It is computed in an order in which attention has as much to do on every device, and comes in
     the order of the batch.
     """
     order_BS = model.balanced_order(batch.layout)
-    inputs = batch.tokens, batch.layout, batch.targets
+    inputs = batch.tokens, batch.layout, batch.targets, batch.experts
     if order_BS is not None:
         inputs = jax.tree.map(lambda x_BS: _ordered(x_BS, order_BS), inputs)
-    tokens_BS, layout, targets_BS = inputs
-    hidden_BSD = model(tokens_BS, layout).hidden
-    mesh = jax.sharding.get_abstract_mesh()
-    with jax.named_scope("logprob"):
-        outputs = logprob.token_logprobs(
-            hidden_BSD,
-            model.unembedding(),
-            targets_BS,
-            hardware=model.hardware,
-            temperature=temperature,
-            softcap=model.config.logit_softcap,
-            split=None if mesh.empty or mesh.size == 1 else _SPLIT,
-        )
+    tokens_BS, layout, targets_BS, experts = inputs
+    hidden_BSD, routing = model(tokens_BS, layout, experts)
+    outputs = model.token_logprobs(hidden_BSD, targets_BS, temperature)
     if order_BS is None:
-        return outputs
+        return Scored(*outputs, routing)
     back_BS = jnp.argsort(order_BS)
     logprobs_BS, entropy_BS = (_ordered(x_BS, back_BS) for x_BS in outputs)
-    return logprobs_BS, entropy_BS
+    return Scored(logprobs_BS, entropy_BS, routing)
 
 
 def make_train_step(
@@ -99,36 +90,43 @@ def make_train_step(
     Metrics, f32[] each: loss; weight_sum, the sum of weights; tokens, how many had weight;
     grad_norm, before clipping; learning_rate; nonfinite/GROUP, 1 where the norm of the gradients of
     a top-level group of parameters is a NaN or infinite; and the loss's own. A batch without
-    weight has loss 0 and gradients of 0.
+    weight has loss 0 and gradients of 0. Of a model with experts those of `router_metrics` too.
 
     The step raises ValueError where the batch does not divide evenly over micro-batches and
     devices. The jitted function behind that check is its `__wrapped__`, to compile ahead of time.
     """
     graphdef, abstract_params = nnx.split(model)
 
-    def micro_batch_loss(params: nnx.State, batch: Batch, normaliser: Array) -> tuple[Array, dict]:
-        logprobs_BS, entropy_BS = token_logprobs(nnx.merge(graphdef, params), batch, temperature)
-        values_BS, metrics = loss(logprobs_BS, entropy_BS, batch)
-        total = jnp.sum(values_BS * batch.weights, where=batch.weights > 0)
-        return total / normaliser, metrics
+    def micro_batch_loss(params: nnx.State, batch: Batch, normaliser: Array) -> tuple[Array, Any]:
+        scored = token_logprobs(nnx.merge(graphdef, params), batch, temperature)
+        values_BS, metrics = loss(scored.logprobs, scored.entropy, batch)
+        total = jnp.sum(values_BS * batch.weights, where=batch.weights > 0) / normaliser
+        if scored.routing is None:
+            return total, (metrics, None)
+        routing = scored.routing._replace(chosen=None)
+        balance = jnp.sum(routing.balance_loss) / num_micro_batches
+        return total + balance, (metrics, routing)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         weight_sum = jnp.sum(batch.weights)
         normaliser = jnp.where(weight_sum > 0, weight_sum, 1)
 
         def accumulate(carry, micro_batch):
-            (value, metrics), grads = jax.value_and_grad(micro_batch_loss, has_aux=True)(
+            (value, others), grads = jax.value_and_grad(micro_batch_loss, has_aux=True)(
                 state.params, micro_batch, normaliser
             )
-            return jax.tree.map(jnp.add, carry, (value, grads)), metrics
+            return jax.tree.map(jnp.add, carry, (value, grads)), others
 
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
             micro_batches_MBS = jax.tree.map(lambda x: _cut(x, num_micro_batches), batch)
-            (value, grads), loss_metrics = lax.scan(accumulate, nothing, micro_batches_MBS)
+            (value, grads), others = lax.scan(accumulate, nothing, micro_batches_MBS)
+            loss_metrics, routing = others
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
+            if routing is not None:
+                move_correction_biases(params, model.config, routing.tokens_E.sum(0))
         squares = {group: optax.tree.norm(g, squared=True) for group, g in grads.items()}
         metrics = {
             "loss": value,
@@ -141,6 +139,7 @@ def make_train_step(
                 for group, square in squares.items()
             },
             **{name: metric.result() for name, metric in loss_metrics.items()},
+            **(router_metrics(routing) if routing is not None else {}),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -167,7 +166,8 @@ def make_score_step(
 
     def score_step(params: nnx.State, batch: Batch) -> tuple[Array, Array]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return token_logprobs(nnx.merge(graphdef, params), batch, temperature)
+            scored = token_logprobs(nnx.merge(graphdef, params), batch, temperature)
+            return scored.logprobs, scored.entropy
 
     rows = batch_sharding(mesh)
     jitted = jax.jit(
@@ -224,7 +224,7 @@ def _ordered(x_BS: Array, order_BS: Array) -> Array:
     ordered_BS = x_BS.at[jnp.arange(len(x_BS))[:, None], order_BS].get(
         unique_indices=True, mode="promise_in_bounds"
     )
-    return constrain(ordered_BS, "batch", "sequence")
+    return constrain(ordered_BS, "batch", "sequence", *[None] * (x_BS.ndim - 2))
 
 
 def _cut(x_BS: Array, num_micro_batches: int) -> Array:

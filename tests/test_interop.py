@@ -27,6 +27,8 @@ from agentx_kernels.layout import causal
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+# Threads of small products wait for one another longer than they work, beside other tests.
+torch.set_num_threads(1)
 
 SOURCES = [pathlib.Path(m.__file__).read_text("utf-8") for m in (argparse, fnmatch, json)]
 TOKENIZER = Tokenizer.train(SOURCES, 512)

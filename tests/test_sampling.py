@@ -71,7 +71,7 @@ def test_every_uniform_number_hits_the_token_whose_share_of_the_line_it_is_in():
     assert draw(logits, uniform, SamplingParams()).token.tolist() == [0, 0, 2, 2, 3, 3, 4, 4]
 
 
-def test_both_logprobs_are_what_they_say():
+def test_the_logprob_of_a_draw_is_over_what_top_k_and_top_p_keep():
     logits = random_logits(64, 300)
     uniform = uniforms(0, jnp.arange(64), jnp.zeros(64, jnp.int32))
     params = SamplingParams(0.7, 10, 0.9)
@@ -81,7 +81,6 @@ def test_both_logprobs_are_what_they_say():
         kept = kept_by_sorting(logprobs[row], 10, 0.9)
         whole = logprobs[row, token]
         renormalised = whole - np.log(np.exp(logprobs[row][kept]).sum())
-        assert abs(drawn.logprob[row] - whole) < 1e-5
         assert abs(drawn.processed_logprob[row] - renormalised) < 1e-5
 
 
@@ -92,8 +91,6 @@ def test_temperature_zero_takes_the_first_of_the_most_probable_tokens():
     assert drawn.token.tolist() == logits.argmax(-1).tolist()
     assert drawn.token[3] == 40
     assert drawn.processed_logprob.tolist() == [0.0] * 16
-    expected = np.take_along_axis(log_softmax(logits), np.asarray(drawn.token)[:, None], -1)[:, 0]
-    np.testing.assert_allclose(drawn.logprob, expected, atol=1e-5)
 
 
 def test_rows_with_different_parameters_do_not_disturb_one_another():

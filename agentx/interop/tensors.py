@@ -7,6 +7,7 @@ a tensor holds, and takes it there and back, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -63,6 +64,7 @@ class Tensor(NamedTuple):
         return tensor
 
 
+@functools.cache
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each of our parameters, by its path."""
     params = flatten_params(nnx.state(abstract_transformer(config)))

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.nn import initializers
@@ -37,7 +38,8 @@ _TOKENS = (*RULES["batch"], *RULES["sequence"])
 class Routing(NamedTuple):
     """Where the tokens of one layer went. Padding counts in none of the numbers.
 
-    chosen: i32[B, S, k], the experts of every token, the best first; keep it to replay it.
+    chosen: i32[B, S, k], the experts of every token, the best first; keep it to replay it. None
+    where nobody is to keep it.
     tokens_E: f32[E], how many tokens took each expert; their sum is k times the tokens.
     balance_loss: f32[], to be added to the loss: balance_rate where all experts get as much, and
       more elsewhere; 0 unless balance is "loss".
@@ -46,7 +48,7 @@ class Routing(NamedTuple):
       the slow way was taken; else 0.
     """
 
-    chosen: Array
+    chosen: Array | None
     tokens_E: Array
     balance_loss: Array
     entropy: Array
@@ -70,6 +72,38 @@ def updated_correction_bias(bias_E: Array, tokens_E: Array, rate: float) -> Arra
     """
     missing_E = jnp.mean(tokens_E, -1, keepdims=True) - tokens_E
     return bias_E + rate * jnp.sign(missing_E).astype(bias_E.dtype)
+
+
+def move_correction_biases(params: Any, model: ModelConfig, tokens_LE: Array) -> None:
+    """Moves the biases among the parameters of a model after a step, in place, if it is balanced
+    by them. tokens_LE: of the step, of the layers that have experts, in order."""
+    if model.moe is None or model.moe.balance != "bias":
+        return
+    for number, place in enumerate(model.places):
+        if place.kind.is_sparse:
+            layers = np.array(place.layers) - model.num_dense_layers
+            bias = params["layers"][number]["moe"]["correction_bias"]
+            moved = updated_correction_bias(bias[...], tokens_LE[layers], model.moe.balance_rate)
+            params["layers"][number]["moe"]["correction_bias"] = bias.replace(moved)
+
+
+def router_metrics(routing: Routing) -> dict[str, Array]:
+    """What a step says of its routers, f32[] each. routing: [M, L, ...], of M micro-batches.
+
+    router/entropy: the mean over layers, in nats. router/max_load: of the layer that is worst off,
+    how many times the mean the busiest expert has. router/idle_experts: how many experts no token
+    took, of all layers. router/balance_loss: summed over layers. router/overflowed: of how many
+    layers and micro-batches the tokens went the slow way (see `Routing`).
+    """
+    tokens_LE = routing.tokens_E.sum(0)
+    mean_L = jnp.maximum(tokens_LE.mean(-1), 1e-9)
+    return {
+        "router/entropy": routing.entropy.mean(),
+        "router/max_load": jnp.max(tokens_LE.max(-1) / mean_L),
+        "router/idle_experts": jnp.sum(tokens_LE == 0, dtype=jnp.float32),
+        "router/balance_loss": routing.balance_loss.sum(1).mean(),
+        "router/overflowed": routing.overflowed.sum(),
+    }
 
 
 class Experts(nnx.Module):

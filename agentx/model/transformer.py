@@ -2,9 +2,9 @@
 
 Layers that repeat a pattern are scanned over, a period of it at a time (`ModelConfig.stacks`).
 
-`Transformer(tokens, layout)` gives hidden states, not logits: those exist a chunk at a time, in
-`agentx_kernels.logprob`, from the hidden states and `unembedding()`. `decode` continues rows whose
-earlier keys and values lie in a cache; it returns the new ones and leaves writing to `cache.py`.
+`Transformer(tokens, layout)` gives hidden states, not logits: `token_logprobs` makes those of a
+chunk at a time, for trainer and sampler alike. `decode` continues rows whose earlier keys and
+values lie in a cache; it returns the new ones and leaves writing to `cache.py`.
 
 Legend: L layers of a place, B rows, S tokens a row or columns of a cache, T new tokens, N heads,
 K KV heads, H head size, D model, V vocabulary.
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.nn import initializers
@@ -26,11 +27,13 @@ from jax.nn import initializers
 from agentx.model.attention import Attend
 from agentx.model.cache import new_columns, write_columns
 from agentx.model.config import LayerKind, ModelConfig, RopeKind
+from agentx.model.embedding import look_up
 from agentx.model.layers import Layer
 from agentx.model.moe import Routing
 from agentx.model.parts import RMSNorm, Turn, outputs_first, parameter, project_few, rotation
 from agentx.sharding import RULES, constrain
 from agentx_kernels import hardware as chips
+from agentx_kernels import logprob
 from agentx_kernels.attention import attention
 from agentx_kernels.balance import balanced_order, can_balance
 from agentx_kernels.blocks import block_config
@@ -46,13 +49,27 @@ CPU = chips.hardware("cpu")
 # How attention lies over the mesh: as the arrays that go in.
 _SPLIT = Split(RULES["batch"], RULES["heads"][0], RULES["sequence"][0])
 
+# How hidden states and the unembedding lie over it.
+_VOCABULARY_SPLIT = logprob.VocabularySplit(
+    rows=RULES["batch"],
+    tokens=RULES["sequence"][0],
+    vocab=RULES["vocab"][0],
+    embed=RULES["embed"],
+)
+
 
 class Forward(NamedTuple):
-    """hidden: [B, S, D], after the final norm. routing: of each of `config.places`, where its
-    tokens went, stacked over its layers; None of a place without experts."""
+    """hidden: [B, S, D], after the final norm. routing: where tokens went, of all layers that have
+    experts, in order and stacked; None where there are none."""
 
     hidden: Array
-    routing: list[Routing | None]
+    routing: Routing | None
+
+    @property
+    def experts(self) -> Array | None:
+        """i32[B, S, L, k], those that every token took."""
+        chosen = None if self.routing is None else self.routing.chosen
+        return None if chosen is None else jnp.moveaxis(chosen, 0, 2)
 
 
 class Transformer(nnx.Module):
@@ -72,12 +89,11 @@ class Transformer(nnx.Module):
         if not config.tie_embeddings:
             self.lm_head = parameter(rngs, initializers.normal(0.02), config, **sizes)
 
-    def __call__(
-        self, tokens: Array, layout: TreeLayout, chosen: Sequence[Array | None] | None = None
-    ) -> Forward:
+    def __call__(self, tokens: Array, layout: TreeLayout, experts: Array | None = None) -> Forward:
         """The hidden states of rows of tokens i32[B, S], laid out by layout [B, S].
 
-        chosen: `Forward.routing`'s, of an earlier call, to take the same experts again.
+        experts: i32[B, S, L, k] as `Forward.experts` gives them, to be taken again; the router
+        chooses if None.
         """
         config = self.config
         turns = self._turns(layout.position)
@@ -96,7 +112,7 @@ class Transformer(nnx.Module):
 
         x_BSD = self._embed(tokens)
         routing: list[Routing | None] = []
-        replayed = iter([None] * len(config.places) if chosen is None else chosen)
+        replayed = iter(self._replayed(experts))
         for stack in self._stacks():
 
             def one_period(x_BSD, layers, stack=stack):
@@ -109,7 +125,29 @@ class Transformer(nnx.Module):
             inputs = [(weights, next(replayed)) for _, _, weights in stack]
             x_BSD, of_stack = lax.scan(one_period, x_BSD, inputs)
             routing += of_stack
-        return Forward(self.final_norm(x_BSD), routing)
+        return Forward(self.final_norm(x_BSD), self._in_order(routing))
+
+    def _in_order(self, routing: list[Routing | None]) -> Routing | None:
+        """Every place's routing as one, of the layers in order."""
+        places = [place for place in self.config.places if place.kind.is_sparse]
+        taken = [each for each in routing if each is not None]
+        if not taken:
+            return None
+        order = np.argsort([layer for place in places for layer in place.layers])
+        return jax.tree.map(lambda *of_places: jnp.concatenate(of_places)[order], *taken)
+
+    def _replayed(self, experts: Array | None) -> list[Array | None]:
+        """`Forward.experts` as every place's layers take them, [L, B, S, k] each."""
+        config = self.config
+        if experts is None:
+            return [None] * len(config.places)
+        first = config.num_dense_layers
+        return [
+            jnp.stack([experts[:, :, layer - first] for layer in place.layers])
+            if place.kind.is_sparse
+            else None
+            for place in config.places
+        ]
 
     def _stacks(self) -> list[list[tuple[LayerKind, nnx.GraphDef, nnx.State]]]:
         """Of each of `config.stacks`, every place's kind, structure and stacked weights."""
@@ -309,6 +347,26 @@ class Transformer(nnx.Module):
         value_size = self.config.cache_dims[2]
         return k_BTKH.swapaxes(1, 2), v_BTKH[..., :value_size].swapaxes(1, 2)
 
+    def token_logprobs(
+        self, hidden: Array, targets: Array, temperature: float | Array
+    ) -> tuple[Array, Array]:
+        """Log-probabilities of targets i32[B, S] after hidden states [B, S, D], and entropies.
+
+        f32[B, S] each, on the mesh if there is one; see agentx_kernels.logprob. temperature: a
+        number or f32[B, S]. A target of -1 gives minus infinity.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        with jax.named_scope("logprob"):
+            return logprob.token_logprobs(
+                hidden,
+                self.unembedding(),
+                targets,
+                hardware=self.hardware,
+                temperature=temperature,
+                softcap=self.config.logit_softcap,
+                split=None if mesh.empty or mesh.size == 1 else _VOCABULARY_SPLIT,
+            )
+
     def unembedding(self) -> Array:
         """[V, D] in the type of the activations: logits are hidden @ unembedding().T."""
         table = self.embed if self.config.tie_embeddings else self.lm_head
@@ -317,7 +375,7 @@ class Transformer(nnx.Module):
     def _embed(self, tokens_BS: Array) -> Array:
         with jax.named_scope("embed"):
             config = self.config
-            x_BSD = self.embed[...].astype(config.compute_dtype)[tokens_BS]
+            x_BSD = look_up(self.embed[...], tokens_BS, config.compute_dtype)
             if config.scale_embeddings:
                 x_BSD *= jnp.asarray(config.d_model**0.5, config.compute_dtype)
             return constrain(x_BSD, "batch", "sequence", None)

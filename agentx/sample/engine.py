@@ -56,7 +56,7 @@ class Turn:
     """What one turn sampled.
 
     ids: i32[n], the stop token included. logprobs, processed_logprobs: f32[n], see
-    `sampling.Sampled`; the trainer compares the former. stop_reason: "stop" at a stop id, "length"
+    `programs.Decoded`; the trainer compares the former. stop_reason: "stop" at a stop id, "length"
     when the turn's budget was spent, "context" when the session's max_length came before that.
     weight_version: of the parameters that sampled it.
     """

@@ -29,13 +29,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agentx.model.cache import KVCache, write
 from agentx.model.transformer import Transformer
-from agentx.sample.sampling import SamplingParams, row_uniforms, sample
-from agentx.sharding import spec, tree_shardings
+from agentx.sample.sampling import SamplingParams, divisor, row_uniforms, sample
+from agentx.sharding import constrain, spec, tree_shardings
 from agentx_kernels.logits import capped
 
 Array = Any
 
 MAX_STEPS = 64
+# Of how many steps the log-probabilities are computed at once: steps that were not run cost none.
+_SCORED_STEPS = 16
 Cache = tuple[list[Any], list[Any]]
 
 
@@ -55,7 +57,12 @@ class Rows(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What `decode` sampled in `steps` steps. Each [I, B]; ids are -1 where a row rested."""
+    """What `decode` sampled in `steps` steps. Each [I, B].
+
+    ids: i32, -1 where a row rested. logprobs: f32, over the whole vocabulary at the row's
+    temperature, of which 0 counts as 1: as the trainer computes them, whatever top_k and top_p
+    were; 0 where a row rested. processed_logprobs: see `Sampled`.
+    """
 
     ids: Array
     logprobs: Array
@@ -210,7 +217,9 @@ class Programs:
         table_DV = lax.optimization_barrier(model.unembedding().T)
         stop_ids = jnp.array((*self._stop_ids, -1), jnp.int32)
         nothing_IB = jnp.zeros((MAX_STEPS, rows.token.shape[0]), jnp.float32)
-        out = (nothing_IB.astype(jnp.int32) - 1, nothing_IB, nothing_IB)
+        shape = (*nothing_IB.shape, self._config.d_model)
+        hidden_IBD = constrain(jnp.zeros(shape, self._config.compute_dtype), None, "batch", None)
+        out = (nothing_IB.astype(jnp.int32) - 1, nothing_IB, hidden_IBD)
 
         layers = model.separate_layers() if self._separate else ()
 
@@ -243,7 +252,7 @@ class Programs:
             drawn = drawn._replace(token=jnp.where(active_B, drawn.token, -1))
             out = tuple(
                 lax.dynamic_update_index_in_dim(o_IB, x_B, step, 0)
-                for o_IB, x_B in zip(out, drawn, strict=True)
+                for o_IB, x_B in zip(out, (*drawn, hidden_B1D[:, 0]), strict=True)
             )
             token_B = jnp.where(active_B, drawn.token, token_B)
             stopped_B = (drawn.token[:, None] == stop_ids).any(-1) | (step + 1 >= rows.budget)
@@ -251,7 +260,21 @@ class Programs:
 
         state = (jnp.int32(0), KVCache(*cache, rows.length), rows.token, rows.budget > 0, out)
         steps, (k, v, _), _, _, out = lax.while_loop(goes_on, one_step, state)
-        return (k, v), Decoded(*out, steps)
+        ids_IB, processed_IB, hidden_IBD = out
+        temperature_B = divisor(jnp.asarray(rows.sampling.temperature))
+        temperature_IB = jnp.broadcast_to(temperature_B, ids_IB.shape)
+        of_tokens = hidden_IBD, ids_IB, temperature_IB
+
+        def score(piece, logprobs_IB):
+            at = piece * _SCORED_STEPS
+            own = (lax.dynamic_slice_in_dim(x, at, _SCORED_STEPS) for x in of_tokens)
+            logprobs_BI, _ = model.token_logprobs(*(x.swapaxes(0, 1) for x in own))
+            return lax.dynamic_update_slice_in_dim(logprobs_IB, logprobs_BI.T, at, 0)
+
+        num_pieces = -(-steps // _SCORED_STEPS)
+        logprobs_IB = lax.fori_loop(0, num_pieces, score, nothing_IB)
+        logprobs_IB = jnp.where(ids_IB >= 0, logprobs_IB, 0)
+        return (k, v), Decoded(ids_IB, logprobs_IB, processed_IB, steps)
 
     def _feed(
         self,

@@ -1,7 +1,9 @@
 """From logits to a token: temperature, top-k and top-p, without a sort and without a random array.
 
 In: the logits of one position a row, the row's own sampling parameters, one uniform number. Out:
-the token and its log-probability, twice (see `Sampled`). A token is drawn by inverting the
+the token and the log-probability of the draw. What the trainer compares, the token's
+log-probability over the whole vocabulary, is `Transformer.token_logprobs`, the trainer's own. A
+token is drawn by inverting the
 cumulative distribution at the uniform number, first over blocks of the vocabulary and then inside
 the block, so that a row costs one exponential pass. Top-k and top-p find the smallest probability
 they keep by bisection over the bits of the floats, 30 passes over the row whatever k and p are, and
@@ -47,15 +49,11 @@ class Sampled(NamedTuple):
     """What was drawn. Each [B].
 
     token: i32.
-    logprob: f32, log_softmax(logits / temperature) over the whole vocabulary: what the trainer
-      computes for the same token (see agentx_kernels.logits), whatever top_k and top_p were.
-      Temperature 0 counts as 1 here.
     processed_logprob: f32, the log-probability of the draw itself: renormalised over the
       tokens that top_k and top_p kept; 0 where the temperature is 0.
     """
 
     token: Array
-    logprob: Array
     processed_logprob: Array
 
 
@@ -94,17 +92,16 @@ def sample(logits_BV: Array, uniform_B: Array, params: SamplingParams) -> Sample
     batch, vocab = logits_BV.shape
     temperature_B, top_k_B, top_p_B = (jnp.broadcast_to(x, (batch,)) for x in params)
     greedy_B = temperature_B <= 0
-    divisor_B = jnp.where(greedy_B, 1.0, temperature_B).astype(jnp.float32)
+    divisor_B = divisor(temperature_B)
     scaled_BV = logits_BV.astype(jnp.float32) / divisor_B[:, None]
     shifted_BV = scaled_BV - scaled_BV.max(-1, keepdims=True)
     p_BV = jnp.exp(shifted_BV)
-    total_B = p_BV.sum(-1)
 
     truncates_B = ~greedy_B & (((top_k_B > 0) & (top_k_B < vocab)) | (top_p_B < 1))
     kept_BV, kept_total_B = lax.cond(
         jnp.any(truncates_B),
         lambda: _truncate(p_BV, truncates_B, top_k_B, top_p_B),
-        lambda: (p_BV, total_B),
+        lambda: (p_BV, p_BV.sum(-1)),
     )
     token_B = lax.cond(
         jnp.any(greedy_B),
@@ -112,11 +109,12 @@ def sample(logits_BV: Array, uniform_B: Array, params: SamplingParams) -> Sample
         lambda: _invert(kept_BV, uniform_B),
     )
     at_token_B = jnp.take_along_axis(shifted_BV, token_B[:, None], -1)[:, 0]
-    return Sampled(
-        token_B,
-        at_token_B - jnp.log(total_B),
-        jnp.where(greedy_B, 0.0, at_token_B - jnp.log(kept_total_B)),
-    )
+    return Sampled(token_B, jnp.where(greedy_B, 0.0, at_token_B - jnp.log(kept_total_B)))
+
+
+def divisor(temperature_B: Array) -> Array:
+    """What logits are divided by, f32[B]: temperature 0 counts as 1."""
+    return jnp.where(temperature_B > 0, temperature_B, 1.0).astype(jnp.float32)
 
 
 def _invert(p_BV: Array, uniform_B: Array) -> Array:

@@ -1,4 +1,10 @@
-"""How logits come about, which every path and the sampler have to follow; and their blocks."""
+"""How logits come about, which every path and the sampler have to follow; and their blocks.
+
+    softcap * tanh(raw / softcap) / temperature, of raw = hidden @ embedding.T
+
+The cap belongs to the model, the temperature to what is done with it; so the cap comes first, as in
+Gemma 2 (arXiv:2408.00118). Each token has its own temperature; every path takes its inverse.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +20,6 @@ LOWEST = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
-class Logits:
-    """softcap * tanh(raw / softcap) / temperature, of raw = hidden @ embedding.T.
-
-    The cap belongs to the model, the temperature to what is done with it; so the cap comes first,
-    as in Gemma 2 (arXiv:2408.00118). softcap: None for none.
-    """
-
-    temperature: float = 1.0
-    softcap: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class LogitBlocks:
     """How many tokens, and columns of the vocabulary, have their logits in memory at once."""
 
@@ -38,9 +32,9 @@ def capped(raw: Array, softcap: float | None) -> Array:
     return raw if softcap is None else softcap * jnp.tanh(raw / softcap)
 
 
-def logits_and_slope(raw: Array, logits: Logits) -> tuple[Array, Array | float]:
-    """The logits of raw products, and their derivatives by these."""
-    if logits.softcap is None:
-        return raw / logits.temperature, 1 / logits.temperature
-    tanh = jnp.tanh(raw / logits.softcap)
-    return tanh * (logits.softcap / logits.temperature), (1 - tanh * tanh) / logits.temperature
+def capped_and_slope(raw: Array, softcap: float | None) -> tuple[Array, Array | float]:
+    """`capped`, and its derivative by raw."""
+    if softcap is None:
+        return raw, 1.0
+    tanh = jnp.tanh(raw / softcap)
+    return softcap * tanh, 1 - tanh * tanh

@@ -21,12 +21,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from agentx_kernels import logprob_xla
 from agentx_kernels.hardware import Hardware, check_hardware
-from agentx_kernels.logits import LogitBlocks, Logits
+from agentx_kernels.logits import LogitBlocks
 
 Array = jax.Array
 
@@ -61,7 +62,7 @@ def token_logprobs(
     targets: Array,
     *,
     hardware: Hardware,
-    temperature: float = 1.0,
+    temperature: float | Array = 1.0,
     softcap: float | None = None,
     split: VocabularySplit | None = None,
     blocks: LogitBlocks | None = None,
@@ -71,7 +72,7 @@ def token_logprobs(
 
     hidden: float[B, S, D]; embedding: float[V, D]; targets: integers [B, S], each in [0, V).
     hardware: the device it will run on, from agentx_kernels.hardware.
-    temperature: what logits are divided by, above 0.
+    temperature: what logits are divided by, above 0: a number, or floats [B, S], one a token.
     softcap: logits become softcap * tanh(logits / softcap), before the temperature divides them;
       None for no cap.
     split: how the arrays lie over the mesh that this is traced under; None for one device.
@@ -80,72 +81,97 @@ def token_logprobs(
 
     logprob = logits[target] - logsumexp(logits), with logits = hidden @ embedding.T capped and
     divided, accumulated in f32. It is differentiable in hidden and embedding. The entropy, in nats,
-    is a metric: no gradient passes through it (stop_gradient).
+    is a metric: no gradient passes through it (stop_gradient), nor through the temperature.
 
-    Raises ValueError where the shapes do not fit together, the targets are no integers,
-    temperature, softcap or a block is not positive, and for what the path of this hardware lacks.
-    A target outside [0, V) gives minus infinity.
+    Raises ValueError where the shapes do not fit together, the targets are no integers, softcap, a
+    block or a temperature that is a number is not positive, and for what the path of this hardware
+    lacks. A target outside [0, V) gives minus infinity.
     """
     _check(hidden, embedding, targets)
+    if np.shape(temperature) not in ((), targets.shape):
+        raise ValueError(
+            f"temperature must be a number, or {targets.shape} like the tokens of hidden, not "
+            f"{np.shape(temperature)}"
+        )
     _check_numbers(hardware, temperature, softcap, blocks)
     if hardware.platform == "tpu":
         _tpu().check(hidden, blocks)
-    path = _Path(Logits(temperature, softcap), hardware, split, blocks, interpret)
-    logprob, entropy = _logprobs(hidden, embedding, targets.astype(jnp.int32), path)
+    path = _Path(softcap, hardware, split, blocks, interpret)
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    inverse = jnp.broadcast_to(1 / jnp.asarray(temperature, dtype), targets.shape)
+    tokens = targets.astype(jnp.int32), lax.stop_gradient(inverse)
+    logprob, entropy = _logprobs(hidden, embedding, *tokens, path)
     return logprob, lax.stop_gradient(entropy)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Path:
-    logits: Logits
+    softcap: float | None
     hardware: Hardware
     split: VocabularySplit | None
     blocks: LogitBlocks | None
     interpret: Any
 
-    def forward(self, hidden: Array, embedding: Array, targets: Array) -> tuple[Array, ...]:
+    def forward(self, hidden: Array, embedding: Array, *tokens: Array) -> tuple[Array, ...]:
+        """tokens: targets and inverse temperatures."""
         if self.hardware.platform == "tpu":
-            return _tpu().forward(hidden, embedding, targets, self._compiled())
+            return _tpu().forward(hidden, embedding, *tokens, self._compiled())
         blocks = self.blocks or logprob_xla.BLOCKS
-        return logprob_xla.forward(hidden, embedding, targets, self.logits, blocks)
+        return logprob_xla.forward(hidden, embedding, *tokens, softcap=self.softcap, blocks=blocks)
 
     def backward(self, hidden: Array, embedding: Array, *tokens: Array) -> tuple[Array, Array]:
-        """tokens: targets, maximum, 1 / sum and the cotangent of the log-probability."""
+        """tokens: targets, inverse temperatures, maxima, 1 / sums and the log-probabilities'
+        cotangents."""
         if self.hardware.platform == "tpu":
-            dtype = hidden.dtype if self.split is None else jnp.float32  # if still to be summed
-            return _tpu().backward(hidden, embedding, *tokens, self._compiled(), dtype)
+            return _tpu().backward(
+                hidden,
+                embedding,
+                *tokens,
+                given=self._compiled(),
+                dtype=hidden.dtype if self.split is None else jnp.float32,  # if still to be summed
+            )
         blocks = self.blocks or logprob_xla.BLOCKS
-        return logprob_xla.backward(hidden, embedding, *tokens, logits=self.logits, blocks=blocks)
+        return logprob_xla.backward(hidden, embedding, *tokens, softcap=self.softcap, blocks=blocks)
 
     def _compiled(self) -> Any:
-        return _tpu().Compiled(self.logits, self.hardware, self.blocks, self.interpret)
+        return _tpu().Compiled(self.softcap, self.hardware, self.blocks, self.interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _logprobs(
-    hidden_BSD: Array, embedding_VD: Array, targets_BS: Array, path: _Path
+    hidden_BSD: Array,
+    embedding_VD: Array,
+    targets_BS: Array,
+    inverse_temperature_BS: Array,
+    path: _Path,
 ) -> tuple[Array, Array]:
-    return _forward(hidden_BSD, embedding_VD, targets_BS, path)[0]
+    arrays = hidden_BSD, embedding_VD, targets_BS, inverse_temperature_BS
+    return _forward(*arrays, path)[0]
 
 
 def _forward(
-    hidden_BSD: Array, embedding_VD: Array, targets_BS: Array, path: _Path
+    hidden_BSD: Array,
+    embedding_VD: Array,
+    targets_BS: Array,
+    inverse_temperature_BS: Array,
+    path: _Path,
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    arrays = hidden_BSD, embedding_VD, targets_BS, inverse_temperature_BS
     statistics = _on_devices(_statistics, path, (TOKENS,) * 4)
-    max_BS, sum_BS, weighted_BS, target_BS = statistics(hidden_BSD, embedding_VD, targets_BS)
+    max_BS, sum_BS, weighted_BS, target_BS = statistics(*arrays)
     log_sum_BS = jnp.log(sum_BS)
     logprob_BS = target_BS - max_BS - log_sum_BS
     entropy_BS = log_sum_BS - weighted_BS / sum_BS
-    return (logprob_BS, entropy_BS), (hidden_BSD, embedding_VD, targets_BS, max_BS, 1 / sum_BS)
+    return (logprob_BS, entropy_BS), (*arrays, max_BS, 1 / sum_BS)
 
 
 def _backward(
     path: _Path, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]
-) -> tuple[Array, Array, None]:
+) -> tuple[Array, Array, None, None]:
     dlogprob_BS, _ = cotangents
     gradients = _on_devices(_gradients, path, (TOKENS, EMBEDDING))
     dhidden_BSD, dembedding_VD = gradients(*residuals, dlogprob_BS)
-    return dhidden_BSD, dembedding_VD, None
+    return dhidden_BSD, dembedding_VD, None, None
 
 
 _logprobs.defvjp(_forward, _backward)
@@ -177,15 +203,17 @@ def _on_devices(
 
 
 def _statistics(
-    path: _Path, hidden_BSD: Array, embedding_VD: Array, targets_BS: Array
+    path: _Path, hidden_BSD: Array, embedding_VD: Array, targets_BS: Array, *tokens_BS: Array
 ) -> tuple[Array, ...]:
-    """See `logprob_xla.forward`; of the whole vocabulary, [B, S] each."""
+    """See `logprob_xla.forward`; of the whole vocabulary, [B, S] each. tokens: as for
+    `_Path.forward`."""
     split, shape = path.split, targets_BS.shape
     if split is not None:
         embedding_VD = _gathered(embedding_VD, split)
         targets_BS = targets_BS - _offset(embedding_VD, split)
     hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-    statistics = path.forward(hidden_TD, embedding_VD, targets_BS.reshape(-1))
+    flat_T = (x.reshape(-1) for x in (targets_BS, *tokens_BS))
+    statistics = path.forward(hidden_TD, embedding_VD, *flat_T)
     max_BS, sum_BS, weighted_BS, target_BS = (x.reshape(shape) for x in statistics)
     if split is None:
         return max_BS, sum_BS, weighted_BS, target_BS
@@ -239,10 +267,13 @@ def _tpu() -> Any:
 
 
 def _check_numbers(
-    hardware: Hardware, temperature: float, softcap: float | None, blocks: LogitBlocks | None
+    hardware: Hardware,
+    temperature: float | Array,
+    softcap: float | None,
+    blocks: LogitBlocks | None,
 ) -> None:
     check_hardware(hardware)
-    if not temperature > 0:
+    if isinstance(temperature, (int, float)) and not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; it must be above 0, or None for none")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from agentx_kernels.logits import LOWEST, LogitBlocks, Logits, logits_and_slope
+from agentx_kernels.logits import LOWEST, LogitBlocks, capped, capped_and_slope
 
 Array = jax.Array
 
@@ -26,22 +26,30 @@ BLOCKS = LogitBlocks(512, 2048)
 
 
 def forward(
-    hidden_TD: Array, embedding_VD: Array, targets_T: Array, logits: Logits, blocks: LogitBlocks
+    hidden_TD: Array,
+    embedding_VD: Array,
+    targets_T: Array,
+    inverse_temperature_T: Array,
+    *,
+    softcap: float | None,
+    blocks: LogitBlocks,
 ) -> tuple[Array, Array, Array, Array]:
     """Of each token: the maximum m of its logits, the sums of exp(x - m) and of exp(x - m)(x - m),
     and the target's logit, [T] each, in f32 (f64 if hidden is f64).
 
-    hidden [T, D]; embedding [V, D]; targets i32[T], whose logit is minus infinity beyond [0, V).
+    hidden [T, D]; embedding [V, D]; targets i32[T], whose logit is minus infinity beyond [0, V);
+    inverse_temperature [T], in the type of what comes out. softcap: None for none.
     """
     dtype = _accumulation_dtype(hidden_TD)
     columns = _columns(embedding_VD.shape[0], blocks)
 
     def one_chunk(_: None, chunk: tuple[Array, ...]) -> tuple[None, Any]:
-        hidden_CD, targets_C = chunk
+        hidden_CD, targets_C, inverse_temperature_C = chunk
 
         def one_block(start: Array | int, seen: Array | int, state: Any) -> Any:
             old_C, sum_C, weighted_C, target_C = state
-            x_CW, _ = _logits(hidden_CD, embedding_VD, start, columns, logits)
+            raw_CW = _einsum("cd,wd->cw", hidden_CD, _rows(embedding_VD, start, columns))
+            x_CW = capped(raw_CW, softcap) * inverse_temperature_C[:, None]
             column_W = start + jnp.arange(columns, dtype=targets_C.dtype)
             if embedding_VD.shape[0] % columns:
                 x_CW = jnp.where(column_W >= seen, x_CW, LOWEST)
@@ -62,7 +70,8 @@ def forward(
         nothing = zeros_C + LOWEST, zeros_C, zeros_C, zeros_C - jnp.inf
         return None, _over_blocks(embedding_VD.shape[0], columns, one_block, nothing)
 
-    chunks = tuple(_cut(x, blocks.tokens) for x in (hidden_TD, targets_T))
+    tokens = hidden_TD, targets_T, inverse_temperature_T
+    chunks = tuple(_cut(x, blocks.tokens) for x in tokens)
     _, statistics = lax.scan(one_chunk, None, chunks)
     length = hidden_TD.shape[0]
     maxima, sums, weighted, target = (x.reshape(-1)[:length] for x in statistics)
@@ -73,17 +82,18 @@ def backward(
     hidden_TD: Array,
     embedding_VD: Array,
     targets_T: Array,
+    inverse_temperature_T: Array,
     max_T: Array,
-    inverse_T: Array,
+    inverse_sum_T: Array,
     dlogprob_T: Array,
     *,
-    logits: Logits,
+    softcap: float | None,
     blocks: LogitBlocks,
 ) -> tuple[Array, Array]:
     """The gradients of hidden and embedding, in f32 (f64 if hidden is f64).
 
-    max, inverse: the maximum and 1 / the sum of exp(x - max), of the logits x of the whole
-    vocabulary, of which embedding may be a part.
+    max, inverse_sum: the maximum and 1 / the sum of exp(x - max), of the logits x of the whole
+    vocabulary, of which embedding may be a part. The others as for `forward`.
     """
     dtype = _accumulation_dtype(hidden_TD)
     columns = _columns(embedding_VD.shape[0], blocks)
@@ -91,19 +101,22 @@ def backward(
     # The embedding's gradient is kept as [D, V] within the loop: as [V, D] the matrix product has
     # its large operand transposed, which takes half as long again on CPU.
     def one_chunk(dembedding_DV: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
-        hidden_CD, targets_C, max_C, inverse_C, dlogprob_C = chunk
+        hidden_CD, targets_C, inverse_temperature_C, max_C, inverse_sum_C, dlogprob_C = chunk
+        dlogit_C = inverse_temperature_C * dlogprob_C
 
         def one_block(start: Array | int, seen: Array | int, state: Any) -> Any:
             dhidden_CD, dembedding_DV = state
-            x_CW, slope_CW = _logits(hidden_CD, embedding_VD, start, columns, logits)
-            p_CW = jnp.exp(x_CW - max_C[:, None]) * inverse_C[:, None]
+            block_WD = _rows(embedding_VD, start, columns)
+            raw_CW = _einsum("cd,wd->cw", hidden_CD, block_WD)
+            capped_CW, slope_CW = capped_and_slope(raw_CW, softcap)
+            x_CW = capped_CW * inverse_temperature_C[:, None]
+            p_CW = jnp.exp(x_CW - max_C[:, None]) * inverse_sum_C[:, None]
             column_W = start + jnp.arange(columns, dtype=targets_C.dtype)
             hit_CW = column_W == targets_C[:, None]
-            draw_CW = dlogprob_C[:, None] * slope_CW * (hit_CW - p_CW)
+            draw_CW = dlogit_C[:, None] * slope_CW * (hit_CW - p_CW)
             if embedding_VD.shape[0] % columns:
                 draw_CW = jnp.where(column_W >= seen, draw_CW, 0)
             draw_CW = draw_CW.astype(hidden_CD.dtype)
-            block_WD = _rows(embedding_VD, start, columns)
             dhidden_CD += _einsum("cw,wd->cd", draw_CW, block_WD)
             dblock_DW = _einsum("cd,cw->dw", hidden_CD, draw_CW)
             if columns == embedding_VD.shape[0]:
@@ -115,7 +128,7 @@ def backward(
         dhidden_CD, dembedding_DV = _over_blocks(embedding_VD.shape[0], columns, one_block, state)
         return dembedding_DV, dhidden_CD
 
-    tokens = hidden_TD, targets_T, max_T, inverse_T, dlogprob_T
+    tokens = hidden_TD, targets_T, inverse_temperature_T, max_T, inverse_sum_T, dlogprob_T
     chunks = tuple(_cut(x, blocks.tokens) for x in tokens)
     zeros_DV = jnp.zeros(embedding_VD.shape[::-1], dtype)
     dembedding_DV, dhidden_ICD = lax.scan(one_chunk, zeros_DV, chunks)
@@ -146,13 +159,6 @@ def _columns(vocab_size: int, blocks: LogitBlocks) -> int:
 
 def _rows(embedding_VD: Array, start: Array | int, columns: int) -> Array:
     return lax.dynamic_slice_in_dim(embedding_VD, start, columns)
-
-
-def _logits(
-    hidden_CD: Array, embedding_VD: Array, start: Array | int, columns: int, logits: Logits
-) -> tuple[Array, Array | float]:
-    raw_CW = _einsum("cd,wd->cw", hidden_CD, _rows(embedding_VD, start, columns))
-    return logits_and_slope(raw_CW, logits)
 
 
 def _cut(x_T: Array, most: int) -> Array:

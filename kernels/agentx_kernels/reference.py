@@ -71,13 +71,13 @@ def token_logprobs(
     embedding: Array,
     targets: Array,
     *,
-    temperature: float = 1.0,
+    temperature: float | Array = 1.0,
     softcap: float | None = None,
 ) -> tuple[Array, Array]:
     """See agentx_kernels.logprob."""
     raw_BSV = jnp.einsum("bsd,vd->bsv", hidden, embedding, precision="highest")
     capped_BSV = raw_BSV if softcap is None else softcap * jnp.tanh(raw_BSV / softcap)
-    logprobs_BSV = jax.nn.log_softmax(capped_BSV / temperature)
+    logprobs_BSV = jax.nn.log_softmax(capped_BSV / jnp.asarray(temperature)[..., None])
     entropy_BS = -jnp.sum(jnp.exp(logprobs_BSV) * logprobs_BSV, axis=-1)
     chosen_BS = jnp.take_along_axis(logprobs_BSV, targets[..., None], axis=-1)[..., 0]
     return chosen_BS, jax.lax.stop_gradient(entropy_BS)

@@ -49,15 +49,19 @@ def attention(
 
 
 def logprobs(chip, topology, length, size, vocab_size, context=1, tensor=1, dtype="bfloat16"):
-    """Log-probabilities forward and backward, over a slice or over one device if all axes are 1."""
+    """Log-probabilities forward and backward, over a slice or over one device if all axes are 1.
+
+    Over a slice of hidden states that a product comes before, as a layer would: what goes between
+    devices has something to be beside.
+    """
     is_split = context * tensor > 1
     mesh = mesh_of(topology, tensor, context, num_devices=None if is_split else 1)
     embed = "data", "context"
     split = VocabularySplit(rows=("data",), tokens="context", vocab="tensor", embed=embed)
 
-    def loss(hidden, embedding, targets):
+    def loss(x, w, embedding, targets):
         logprob, _ = token_logprobs(
-            hidden,
+            x + jnp.einsum("bsd,de->bse", x, w) if is_split else x,
             embedding,
             targets,
             hardware=hardware(chip),
@@ -67,10 +71,15 @@ def logprobs(chip, topology, length, size, vocab_size, context=1, tensor=1, dtyp
         return logprob.sum()
 
     rows = mesh.shape["data"]
-    hidden = on(mesh, (rows, length, size), dtype, "data", "context")
-    embedding = on(mesh, (vocab_size, size), dtype, "tensor", embed)
-    targets = on(mesh, (rows, length), "int32", "data", "context")
-    return compiled(jax.grad(loss, (0, 1)), chip, mesh, hidden, embedding, targets)
+    arrays = (
+        on(mesh, (rows, length, size), dtype, "data", "context"),
+        on(mesh, (size, size), dtype, None, embed),
+        on(mesh, (vocab_size, size), dtype, "tensor", embed),
+        on(mesh, (rows, length), "int32", "data", "context"),
+    )
+    placed = tuple(x.sharding for x in arrays[:3])
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=placed)
+    return compiled(gradient, chip, mesh, *arrays)
 
 
 def layers(chip, topology, length, ulysses, ring):
@@ -153,8 +162,9 @@ def compiled(f, chip, mesh, *arguments):
 
 
 def collectives(text):
-    """Of every collective that the program runs: its kind, the bytes it makes on a device, and
-    what is computed while it is in flight.
+    """Of every collective that the program runs: its kind, the bytes that go in or come out on a
+    device, whichever are more, and what is computed while it is in flight: kernels, loops, and
+    fusions with a product in them.
 
     A scheduled module lists each computation in the order in which it runs. The TPU has collectives
     in flight in three forms: X-start ... X-done; call-start ... call-done of a computation that the
@@ -162,13 +172,14 @@ def collectives(text):
     that compute and move it along between. Within what is called the collective stands once more;
     only what the module's own computations run is looked at.
     """
-    called, run = _computations(text)
-    found, in_flight = [], {}
+    called, products, run = _computations(text)
+    found, in_flight, made = [], {}, {}
     for line in run:
         name = re.match(r"\s*(?:ROOT )?%(\S+) = (.*?) ([\w-]+)\(", line)
         if not name:
             continue
         name, shapes, operation = name.groups()
+        made[name] = sum(sizes(shapes))
         callee = re.search(r"(?:calls|to_apply)=%([\w.-]+)", line)
         kind = re.match(COLLECTIVE, operation)
         fused = re.match(r"async-collective-(start|done)([.\d]*)$", name)
@@ -184,11 +195,18 @@ def collectives(text):
             is_started = bool(fused) or operation.endswith("-start")
             # One that is started lists what goes in beside what comes out.
             size = (max if is_started else sum)(sizes(shapes))
+            if not is_started:
+                taken = re.findall(r"%([\w.-]+)", line.partition(f" {operation}(")[2].split(")")[0])
+                size = max(size, *(made.get(each, 0) for each in taken))
             one = {"kind": kind, "bytes": size, "beside": []}
             found.append(one)
             if is_started:
                 in_flight[fused[2] if fused else name] = one
-        elif operation in COMPUTES and "AsyncCall" not in line:
+        elif (
+            operation in ("while", "convolution", "dot")
+            or 'custom_call_target="tpu_custom_call"' in line
+            or (operation == "fusion" and callee[1] in products)
+        ):
             for one in in_flight.values():
                 one["beside"].append(name)
     assert not in_flight, f"{sorted(in_flight)} are started and not done"
@@ -196,9 +214,9 @@ def collectives(text):
 
 
 def _computations(text):
-    """The collective of every computation that a fusion or the sparse cores run, by its name; and
-    the lines of all others."""
-    called, run, name, lines = {}, [], None, []
+    """Of the computations that a fusion or the sparse cores run, by name: the collective of each,
+    and which have a matrix product in them; and the lines of all other computations."""
+    called, products, run, name, lines = {}, set(), [], None, []
     for line in text.splitlines():
         opened = re.match(r"(?:ENTRY )?%(\S+) \(.*\{$", line)
         if opened:
@@ -208,12 +226,14 @@ def _computations(text):
         elif "execution_thread" in line or re.search("fus(ed|ion)", name):
             kinds = re.findall(rf" ({COLLECTIVE})(?:-start)?\(", "\n".join(lines))
             called |= dict.fromkeys([name] if kinds else [], *kinds[:1])
+            callees = re.findall(r"calls=%([\w.-]+)", "\n".join(lines))
+            if products & set(callees) or re.search(r" (convolution|dot)\(", "\n".join(lines)):
+                products.add(name)
         else:
             run += lines
-    return called, run
+    return called, products, run
 
 
-COMPUTES = "fusion", "custom-call", "convolution", "dot", "while"
 COLLECTIVE = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 

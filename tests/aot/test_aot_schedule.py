@@ -1,7 +1,7 @@
 """The compiler's schedule of the attention kernels against kernels/bench/schedule.json."""
 
+import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,19 +14,22 @@ SPLASH = [x for x in FIGURES["cases"] if x["whose"] == "splash"]
 COUNTS = ("full", "masked", "walk", "fills", "spills")
 
 
-def schedule(*arguments):
-    command = [sys.executable, str(BENCH / "schedule.py"), *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def load_schedule():
+    spec = importlib.util.spec_from_file_location("schedule", BENCH / "schedule.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["schedule"] = module  # where dataclasses look for what annotations name
+    spec.loader.exec_module(module)
+    return module
+
+
+schedule = load_schedule()
 
 
 @pytest.mark.parametrize(
     ("chip", "head_size"), sorted({(x["chip"], x["head_size"]) for x in CASES})
 )
 def test_no_kernel_takes_over_5_percent_more_than_is_recorded(remembered, chip, head_size):
-    def measure():
-        return json.loads(schedule("ours", "--chip", chip, "--head-size", head_size))
-
-    measured = remembered(f"schedule {chip} {head_size}", measure)
+    measured = remembered(f"schedule {chip} {head_size}", lambda: schedule.measure(chip, head_size))
     recorded = {x["pass"]: x for x in CASES if (x["chip"], x["head_size"]) == (chip, head_size)}
     worse = {
         (name, what): (was[what], measured[name][what])
@@ -60,4 +63,4 @@ def test_a_plan_is_exact_and_takes_under_2_percent_of_one_layer(case):
 
 
 def test_the_readme_has_the_table_that_the_figures_make():
-    assert schedule("--table") in (BENCH.parent / "README.md").read_text()
+    assert schedule.table() in (BENCH.parent / "README.md").read_text()

@@ -47,18 +47,23 @@ def inputs(shape, dtype=np.float32, seed=0):
     )
 
 
+def temperatures(shape, seed=1):
+    """One a token, f32[B, S]."""
+    return np.random.default_rng(seed).uniform(0.3, 3.0, shape[:2]).astype(np.float32)
+
+
 @functools.partial(jax.jit, static_argnames=("function", "given"))
-def _with_gradients(hidden, embedding, targets, cotangent, function, given):
+def _with_gradients(hidden, embedding, targets, cotangent, temperature, function, given):
     def run(hidden, embedding):
-        return function(hidden, embedding, targets, **dict(given))
+        return function(hidden, embedding, targets, temperature=temperature, **dict(given))
 
     (logprob, entropy), vjp = jax.vjp(run, hidden, embedding)
     return logprob, entropy, *vjp((cotangent, jnp.zeros_like(entropy)))
 
 
-def with_gradients(*arrays, function=token_logprobs, **given):
-    """logprob, entropy, and the gradients of hidden and embedding."""
-    return _with_gradients(*arrays, function, tuple(given.items()))
+def with_gradients(*arrays, function=token_logprobs, temperature=1.0, **given):
+    """logprob, entropy, and the gradients of hidden and embedding. A temperature is traced."""
+    return _with_gradients(*arrays, temperature, function, tuple(given.items()))
 
 
 def oracle(hidden, embedding, targets, cotangent, **given):
@@ -82,10 +87,12 @@ def assert_close(got, want, tolerance=2e-6):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, "one a token"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_values_and_gradients_match_the_float64_oracle(path, temperature, softcap):
     arrays = inputs(SHAPES[path])
+    if temperature == "one a token":
+        temperature = temperatures(SHAPES[path])
     given_ = {"temperature": temperature, "softcap": softcap}
     assert_close(with_gradients(*arrays, **PATHS[path], **given_), oracle(*arrays, **given_))
 
@@ -103,9 +110,10 @@ def test_no_block_changes_the_answer(path, blocks):
 @pytest.mark.parametrize("path", PATHS)
 def test_bfloat16_inputs_give_float32_log_probabilities(path):
     hidden, embedding, targets, cotangent = inputs(SHAPES[path], jnp.bfloat16)
-    got = with_gradients(hidden, embedding, targets, cotangent, **PATHS[path], softcap=5.0)
+    given_ = {"softcap": 5.0, "temperature": temperatures(SHAPES[path])}
+    got = with_gradients(hidden, embedding, targets, cotangent, **PATHS[path], **given_)
     assert [x.dtype for x in got] == [jnp.float32, jnp.float32, jnp.bfloat16, jnp.bfloat16]
-    want = oracle(hidden, embedding, targets, cotangent, softcap=5.0)
+    want = oracle(hidden, embedding, targets, cotangent, **given_)
     # The inputs are exact in f64 too, so the values are as good as f32's; gradients are rounded.
     assert_close(got[:2] + tuple(want[2:]), want)
     assert_close(got, want, tolerance=1e-2)
@@ -171,6 +179,27 @@ def test_no_gradient_passes_through_the_entropy(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_no_gradient_passes_through_the_temperature(path):
+    hidden, embedding, targets, _ = inputs(SHAPES[path])
+    gradient = jax.grad(
+        lambda t: sum(
+            x.sum()
+            for x in token_logprobs(hidden, embedding, targets, temperature=t, **PATHS[path])
+        )
+    )(jnp.asarray(temperatures(SHAPES[path])))
+    np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_number_is_that_temperature_for_every_token(path):
+    arrays = inputs(SHAPES[path])
+    run = functools.partial(token_logprobs, *arrays[:3], softcap=2.0, **PATHS[path])
+    every = np.full(SHAPES[path][:2], 0.7, np.float32)
+    for got, want in zip(run(temperature=0.7), run(temperature=every), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_a_target_outside_the_vocabulary_has_no_probability(path):
     hidden, embedding, targets, _ = inputs(SHAPES[path])
     targets[0, :2] = len(embedding), -1
@@ -213,7 +242,7 @@ def test_eight_devices_give_what_one_gives(path, sizes, embed):
     arrays = inputs((batch, length, size, vocab))
     # Of the first device of the vocabulary, of the last, and on the border between two.
     arrays[2][0, :4] = 0, vocab - 1, vocab // 2 - 1, vocab // 2
-    given_ = {"softcap": 3.0, "temperature": 0.7}
+    given_ = {"softcap": 3.0, "temperature": temperatures((batch, length))}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         got = with_gradients(*placed(mesh, split, *arrays), **PATHS[path], **given_, split=split)
     assert_close(got, oracle(*arrays, **given_))
@@ -227,7 +256,7 @@ def test_over_a_mesh_only_the_embedding_is_gathered_and_gradients_go_over_it_onc
     arrays = placed(mesh, SPLIT, *inputs((4, 2048, 16, 4096)))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = _with_gradients.lower(
-            *arrays, token_logprobs, (*PATHS["xla"].items(), ("split", SPLIT))
+            *arrays, 1.0, token_logprobs, (*PATHS["xla"].items(), ("split", SPLIT))
         ).compile()
     text = compiled.as_text()
     gathered = [line for line in text.splitlines() if " all-gather(" in line]
@@ -247,7 +276,7 @@ def test_memory_does_not_grow_with_the_vocabulary_but_for_the_embedding_and_its_
             jax.ShapeDtypeStruct((4, 2048), jnp.float32),
         )
         given_ = (*ON_CPU.items(), ("blocks", LogitBlocks(64, 512)))
-        compiled = _with_gradients.lower(*shapes, token_logprobs, given_).compile()
+        compiled = _with_gradients.lower(*shapes, 1.0, token_logprobs, given_).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     small, large = 4096, 65536
@@ -267,6 +296,7 @@ def test_memory_does_not_grow_with_the_vocabulary_but_for_the_embedding_and_its_
         ({"embedding": jnp.zeros((48, 8), jnp.bfloat16)}, "one floating-point type.*cast"),
         ({"hardware": "cpu"}, "hardware is 'cpu'; give a Hardware"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
+        ({"temperature": np.ones(21)}, r"a number, or \(4, 21\) like the tokens.*not \(21,\)"),
         ({"softcap": 0.0}, "softcap is 0.0; it must be above 0, or None for none"),
         ({"blocks": LogitBlocks(0, 8)}, "each must be 1 or more"),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from agentx_kernels.hardware import Hardware
-from agentx_kernels.logits import LOWEST, LogitBlocks, Logits
+from agentx_kernels.logits import LOWEST, LogitBlocks
 from agentx_kernels.tpu import logprob_kernels
 from agentx_kernels.tpu.logprob_kernels import Options
 
@@ -43,18 +43,24 @@ def check(hidden: Array, blocks: LogitBlocks | None) -> None:
 class Compiled:
     """What all kernels of a call are compiled with. blocks: None to choose them."""
 
-    logits: Logits
+    softcap: float | None
     hardware: Hardware
     blocks: LogitBlocks | None
     interpret: Any
 
 
-def forward(hidden: Array, embedding: Array, targets: Array, given: Compiled) -> tuple[Array, ...]:
+def forward(
+    hidden: Array, embedding: Array, targets: Array, inverse_temperature: Array, given: Compiled
+) -> tuple[Array, ...]:
     """As `logprob_xla.forward`."""
     options = _options(given, hidden, embedding, stays="tokens", held=0)
-    rows = _filled(targets, options)[None]
+    targets, inverse_temperature = (
+        _filled(x, options)[None] for x in (targets, inverse_temperature)
+    )
     length = hidden.shape[0]
-    statistics = logprob_kernels.statistics(_filled(hidden, options), embedding, rows, options)
+    statistics = logprob_kernels.statistics(
+        _filled(hidden, options), embedding, targets, inverse_temperature, options
+    )
     maxima, sums, weighted, target = statistics[:, :length]
     return maxima, sums, weighted, jnp.where(target > LOWEST, target, -jnp.inf)
 
@@ -63,24 +69,32 @@ def backward(
     hidden: Array,
     embedding: Array,
     targets: Array,
+    inverse_temperature: Array,
     maxima: Array,
-    inverse: Array,
+    inverse_sum: Array,
     dlogprob: Array,
+    *,
     given: Compiled,
     dtype: Any,
 ) -> tuple[Array, Array]:
-    """As `logprob_xla.backward`, in dtype."""
+    """As `logprob_xla.backward`, in dtype.
 
-    def run(kernel: Callable[..., Array], stays: str) -> Array:
+    The embedding's gradient comes first: nothing waits for it, so what sums it over devices can do
+    so while that of hidden is computed, for which the rest of the backward pass waits.
+    """
+    tokens = inverse_temperature, maxima, inverse_sum, inverse_temperature * dlogprob
+
+    def run(kernel: Callable[..., Array], stays: str, *others: Array) -> Array:
         # A sum in f32, and two blocks on their way out.
         held = 4 + 2 * jnp.dtype(dtype).itemsize
         options = _options(given, hidden, embedding, stays, held)
-        rows = jnp.stack([_filled(x, options) for x in (maxima, inverse, dlogprob)])
-        tokens = _filled(hidden, options), embedding, _filled(targets, options)[None], rows
-        return kernel(*tokens, dtype, options)
+        rows = jnp.stack([_filled(x, options) for x in tokens])
+        arrays = _filled(hidden, options), embedding, _filled(targets, options)[None], rows
+        return kernel(*arrays, *others, dtype, options)
 
-    dhidden = run(logprob_kernels.of_hidden, "tokens")[: hidden.shape[0]]
-    return dhidden, run(logprob_kernels.of_embedding, "columns")
+    dembedding = run(logprob_kernels.of_embedding, "columns")
+    dhidden = run(logprob_kernels.of_hidden, "tokens", dembedding)
+    return dhidden[: hidden.shape[0]], dembedding
 
 
 def _options(given: Compiled, hidden: Array, embedding: Array, stays: str, held: int) -> Options:
@@ -90,7 +104,7 @@ def _options(given: Compiled, hidden: Array, embedding: Array, stays: str, held:
     # No larger than what there is, in whole tiles.
     tokens = min(blocks.tokens, -(-hidden.shape[0] // 128) * 128)
     columns = min(blocks.columns, -(-embedding.shape[0] // 128) * 128)
-    return Options(given.logits, LogitBlocks(tokens, columns), limit, given.interpret)
+    return Options(given.softcap, LogitBlocks(tokens, columns), limit, given.interpret)
 
 
 def _blocks(hidden: Array, stays: str, held: int, limit: int) -> LogitBlocks:

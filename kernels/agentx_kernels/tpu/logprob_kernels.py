@@ -30,7 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from agentx_kernels.logits import LOWEST, LogitBlocks, Logits, logits_and_slope
+from agentx_kernels.logits import LOWEST, LogitBlocks, capped, capped_and_slope
 from agentx_kernels.tpu.masked_scores import dot
 
 Array = Any
@@ -41,18 +41,24 @@ _PARTS = (512, 384, 256, 128)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a kernel is compiled with. vmem_limit: bytes; interpret: as `pallas_call` takes it."""
+    """What a kernel is compiled with.
 
-    logits: Logits
+    softcap: None for none. vmem_limit: bytes. interpret: as `pallas_call` takes it.
+    """
+
+    softcap: float | None
     blocks: LogitBlocks
     vmem_limit: int
     interpret: Any = False
 
 
-def statistics(hidden: Array, embedding: Array, targets: Array, options: Options) -> Array:
+def statistics(
+    hidden: Array, embedding: Array, targets: Array, inverse_temperature: Array, options: Options
+) -> Array:
     """f32[4, T]: maximum m, sums of exp(x - m) and exp(x - m)(x - m), the target's logit.
 
-    hidden [T, D], embedding [V, D], targets i32[1, T]. A target beyond [0, V) has LOWEST.
+    hidden [T, D], embedding [V, D], targets i32[1, T], inverse_temperature f32[1, T]. A target
+    beyond [0, V) has LOWEST.
     """
     blocks, (length, size) = options.blocks, hidden.shape
     rows = pl.BlockSpec((1, blocks.tokens), lambda i, j: (0, i))
@@ -63,21 +69,31 @@ def statistics(hidden: Array, embedding: Array, targets: Array, options: Options
             pl.BlockSpec((blocks.tokens, size), lambda i, j: (i, 0)),
             pl.BlockSpec((blocks.columns, size), lambda i, j: (j, 0)),
             rows,
+            rows,
         ],
         out_specs=pl.BlockSpec((4, blocks.tokens), lambda i, j: (0, i)),
         out_shape=jax.ShapeDtypeStruct((4, length), jnp.float32),
         scratch_shapes=[pltpu.VMEM((blocks.columns, blocks.tokens), jnp.float32)],
         name="logprob_statistics",
         **_compiled_with(options),
-    )(hidden, embedding, targets)
+    )(hidden, embedding, targets, inverse_temperature)
 
 
 def of_hidden(
-    hidden: Array, embedding: Array, targets: Array, rows: Array, dtype: Any, options: Options
+    hidden: Array,
+    embedding: Array,
+    targets: Array,
+    rows: Array,
+    after: Array,
+    dtype: Any,
+    options: Options,
 ) -> Array:
     """The gradient of hidden, [T, D] in dtype.
 
-    rows: f32[3, T], the maximum, 1 / sum and the cotangent of the log-probability.
+    after: any array; it is not read, but the kernel starts when it is there.
+
+    rows: f32[4, T], the inverse temperature, the maximum, 1 / sum and the cotangent of the
+    log-probability times the inverse temperature.
     """
     blocks, (length, size) = options.blocks, hidden.shape
     own = pl.BlockSpec((blocks.tokens, size), lambda i, j: (i, 0))
@@ -88,14 +104,15 @@ def of_hidden(
             own,
             pl.BlockSpec((blocks.columns, size), lambda i, j: (j, 0)),
             pl.BlockSpec((1, blocks.tokens), lambda i, j: (0, i)),
-            pl.BlockSpec((3, blocks.tokens), lambda i, j: (0, i)),
+            pl.BlockSpec((4, blocks.tokens), lambda i, j: (0, i)),
+            pl.BlockSpec(memory_space=pl.ANY),
         ],
         out_specs=own,
         out_shape=jax.ShapeDtypeStruct(hidden.shape, dtype),
         scratch_shapes=_gradient_scratch(own, hidden, options),
         name="logprob_of_hidden",
         **_compiled_with(options),
-    )(hidden, embedding, targets, rows)
+    )(hidden, embedding, targets, rows, after)
 
 
 def of_embedding(
@@ -111,7 +128,7 @@ def of_embedding(
             pl.BlockSpec((blocks.tokens, size), lambda j, i: (i, 0)),
             own,
             pl.BlockSpec((1, blocks.tokens), lambda j, i: (0, i)),
-            pl.BlockSpec((3, blocks.tokens), lambda j, i: (0, i)),
+            pl.BlockSpec((4, blocks.tokens), lambda j, i: (0, i)),
         ],
         out_specs=own,
         out_shape=jax.ShapeDtypeStruct(embedding.shape, dtype),
@@ -144,6 +161,7 @@ def _statistics_kernel(
     hidden_ref: Any,
     block_ref: Any,
     target_ref: Any,
+    inverse_temperature_ref: Any,
     o_ref: Any,
     raw_ref: Any,
     *,
@@ -157,7 +175,7 @@ def _statistics_kernel(
         o_ref[3:4] = jnp.full_like(o_ref[3:4], LOWEST)
 
     _products(hidden_ref, block_ref, raw_ref)
-    x = logits_and_slope(raw_ref[...], options.logits)[0]
+    x = capped(raw_ref[...], options.softcap) * inverse_temperature_ref[...]
     column = _columns(x.shape, pl.program_id(1), options)
     x = jnp.where(column < vocab_size, x, LOWEST)
     old, total, weighted = o_ref[0:1], o_ref[1:2], o_ref[2:3]
@@ -178,6 +196,7 @@ def _of_hidden_kernel(
     block_ref: Any,
     target_ref: Any,
     rows_ref: Any,
+    after_ref: Any,
     o_ref: Any,
     acc_ref: Any,
     raw_ref: Any,
@@ -258,11 +277,12 @@ def _draw(
     raw_ref: Any, target_ref: Any, rows_ref: Any, j: Array, options: Options
 ) -> tuple[Array, Array]:
     """The gradients of the raw products f32[W, C], and their columns."""
-    x, slope = logits_and_slope(raw_ref[...], options.logits)
-    p = jnp.exp(x - rows_ref[0:1]) * rows_ref[1:2]
+    inverse_temperature, maximum, inverse_sum, dlogit = (rows_ref[i : i + 1] for i in range(4))
+    x, slope = capped_and_slope(raw_ref[...], options.softcap)
+    p = jnp.exp(x * inverse_temperature - maximum) * inverse_sum
     column = _columns(x.shape, j, options)
     hit = jnp.where(column == target_ref[...], 1.0, 0.0)
-    return (hit - p) * slope * rows_ref[2:3], column
+    return (hit - p) * slope * dlogit, column
 
 
 def _columns(shape: tuple[int, ...], j: Array, options: Options) -> Array:
