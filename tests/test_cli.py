@@ -406,6 +406,27 @@ def test_a_run_is_written_as_programs(trained, tmp_path, capsys, sentence):
     assert sentence(*command[:3], tmp_path / "more", "--columns", 64).endswith("the model's 32")
 
 
+def test_an_export_in_eight_bits_says_what_that_costs(trained, tmp_path, capsys, sentence):
+    export = ["export", str(trained.run), "--quantize", "int8"]
+    assert main([*export, str(tmp_path / "random")]) == 0
+    printed = capsys.readouterr().out
+    assert "What int8 changes" in printed
+    assert "random tokens" in printed
+    assert re.search(r"^mlp\.w_gate +0\.\d{4}%$", printed, re.MULTILINE)
+    assert re.search(r"^KL, nats a token +-?0\.0\d{5}$", printed, re.MULTILINE)
+    about = json.loads((tmp_path / "random" / "config.json").read_text())
+    assert about["quantization_config"]["format"] == "pack-quantized"
+    store = trained.run.parent / "store"
+    assert main([*export, "--rows", str(store), str(tmp_path / "text")]) == 0
+    assert f"next tokens of {store}:" in capsys.readouterr().out
+    none = trained.run.parent / "none"
+    message = sentence(*export, "--rows", none, tmp_path / "out")
+    assert message == f"{none} holds no token store: build it"
+    assert not (tmp_path / "out").exists()
+    message = sentence("export", trained.run, "--rows", store, tmp_path / "out")
+    assert message.startswith(f"--rows {store} measures what --quantize costs")
+
+
 @pytest.mark.parametrize("options", [[], ["--raw"]])
 def test_a_checkpoint_answers(trained, capsys, options):
     said = ["sample", "--checkpoint", str(trained.run), "--max-tokens", "2", *options, "hi"]

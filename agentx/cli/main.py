@@ -248,6 +248,12 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or fp8: linear layers in eight bits, for vLLM.")
+    ] = None,
+    rows: Annotated[
+        Path | None, typer.Option(help="Measure what --quantize costs on this store's text.")
+    ] = None,
 ) -> None:
     """A run's newest checkpoint as a Hugging Face folder, for transformers, vLLM and SGLang."""
     from agentx.cli.runs import load_run
@@ -255,7 +261,14 @@ def export(
 
     _refuse_overrides(context)
     policy = load_run(run)
-    folder = export_huggingface(policy.params, policy.config, policy.tokenizer, out, dtype=dtype)
+    options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
+    if quantize is not None:
+        from agentx.cli.quantized import accuracy_table
+
+        print(accuracy_table(policy, **options, store=rows))
+    elif rows is not None:
+        raise ValueError(f"--rows {rows} measures what --quantize costs; give int8 or fp8 there")
+    folder = export_huggingface(policy.params, policy.config, policy.tokenizer, out, **options)
     _done(
         f"The model is in {folder}",
         f"vllm serve {folder}",

@@ -19,6 +19,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from agentx.interop.families import FAMILIES, Family, family_of
+from agentx.interop.quantize import (
+    Quantization,
+    check_quantization,
+    quantization_config,
+    stored,
+    stored_bytes,
+)
 from agentx.interop.tensors import Tensor, family_tensors, flatten_params, param_shapes
 from agentx.interop.tokenizer_json import write_tokenizer
 from agentx.model.config import ModelConfig
@@ -36,6 +43,7 @@ def export_huggingface(
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 2**30,
     like: PathLike | None = None,
+    quantize: Quantization | None = None,
 ) -> Path:
     """Writes a folder that transformers, vLLM and SGLang load, and returns its path.
 
@@ -44,6 +52,8 @@ def export_huggingface(
     "bfloat16" or "float16". Tensors beyond `max_shard_bytes` go to further files, with an index.
     like: a folder that the model was once read from: its family is kept, and what its config.json
     says beside what we know. The folder is written under another name and renamed when whole.
+    quantize: "int8" or "fp8" for the weights of linear layers (see quantize.py); dtype is then what
+    the rest and the scales are in.
 
     Raises ValueError where it
     exists and is not empty, where the tokenizer has more ids than the model, where no family has
@@ -66,19 +76,23 @@ def export_huggingface(
         raise ValueError(f"{target} exists and is not empty; give another directory")
     arrays = flatten_params(params)
     _check_params(arrays, config)
+    tensors = list(family_tensors(family, config).values())
+    about = family.write(config, about)
+    if quantize is not None:
+        check_quantization(quantize, tensors, config)
+        about["quantization_config"] = quantization_config(tensors, quantize)
     partial = target.with_name(target.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     for leftover in partial.iterdir():
         leftover.unlink()
-    tensors = list(family_tensors(family, config).values())
-    _write_tensors(arrays, tensors, partial, jnp.dtype(dtype), max_shard_bytes)
+    _write_tensors(arrays, tensors, partial, jnp.dtype(dtype), max_shard_bytes, quantize)
     special = tokenizer.special
     ids = {
         "bos_token_id": special["<|bos|>"],
         "eos_token_id": special["<|end|>"],
         "pad_token_id": special["<|pad|>"],
     }
-    _write_json(partial / "config.json", {**family.write(config, about), **ids, "dtype": dtype})
+    _write_json(partial / "config.json", {**about, **ids, "dtype": dtype})
     _write_json(partial / "generation_config.json", {**ids, "do_sample": False})
     write_tokenizer(tokenizer, partial, config.max_length)
     if target.exists():
@@ -117,6 +131,11 @@ def read_config(directory: PathLike) -> tuple[Family, ModelConfig]:
     """
     path = Path(directory) / "config.json"
     about = _read_json(path)
+    if about.get("quantization_config"):
+        raise ValueError(
+            f"{path} is of a model with quantized weights, which cannot be read; give the one that "
+            "it was made from"
+        )
     family = _family_named(about, path)
     return family, family.read(about, path)
 
@@ -188,13 +207,14 @@ def _write_tensors(
     folder: Path,
     dtype: np.dtype,
     max_shard_bytes: int,
+    quantize: Quantization | None,
 ) -> None:
     """One safetensors file, or several and their index; one file's tensors are held at a time."""
     shards: list[list[Tensor]] = [[]]
     room = max_shard_bytes
     total = 0
     for tensor in tensors:
-        size = int(np.prod(tensor.shape)) * dtype.itemsize
+        size = stored_bytes(tensor, dtype, quantize)
         total += size
         if size > room and shards[-1]:
             shards.append([])
@@ -205,7 +225,9 @@ def _write_tensors(
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = file if len(shards) > 1 else "model.safetensors"
-        joined = {tensor.name: tensor.joined(arrays, dtype) for tensor in shard}
+        joined: dict[str, np.ndarray] = {}
+        for tensor in shard:
+            joined |= stored(tensor, arrays, dtype, quantize)
         index |= dict.fromkeys(joined, file)
         save_file(joined, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:

@@ -60,7 +60,7 @@ class Programs:
         model = self._model(params)
         nothing = jnp.zeros_like(lengths)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, new = model.decode(tokens, positions, cache["k"], cache["v"], nothing)
+        hidden, new, _ = model.decode(tokens, positions, cache["k"], cache["v"], nothing)
         written = write(KVCache(cache["k"], cache["v"], nothing), *new, lengths)
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
         return self._logits(model, jnp.take_along_axis(hidden, last, 1)), _plain(written)
@@ -74,7 +74,7 @@ class Programs:
         not keep the token.
         """
         model = self._model(params)
-        hidden, new = model.decode(
+        hidden, new, _ = model.decode(
             token[:, None], lengths[:, None], cache["k"], cache["v"], lengths
         )
         written = write(KVCache(cache["k"], cache["v"], lengths), *new, jnp.ones_like(lengths))
