@@ -36,7 +36,7 @@ clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .aot_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# $(call pip-install,REQUIREMENT)
+# $(call pip-install,REQUIREMENT,OPTIONS OF PIP)
 define pip-install
 	@echo "installing '$(1)' into $(VENV): a minute or two, once"
 	@if command -v uv >/dev/null; then \
@@ -44,7 +44,7 @@ define pip-install
 		uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '$(1)'; \
 	else \
 		$(PYTHON) -m venv $(VENV) && \
-		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '$(1)'; \
+		$(BIN)/python -m pip install --quiet $(2) --constraint constraints.txt --editable '$(1)'; \
 	fi
 endef
 
@@ -66,7 +66,8 @@ $(VENV)/.installed: $(LIST)
 	$(call pip-install,$(CORE))
 	@touch $@
 
+# Of the libraries that only tests need most modules are never imported: Python compiles the others.
 $(VENV)/.installed-dev: $(LIST)
-	$(call pip-install,$(DEV))
+	$(call pip-install,$(DEV),--no-compile)
 	$(install-libtpu)
 	@touch $(VENV)/.installed $@
