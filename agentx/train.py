@@ -33,6 +33,7 @@ from agentx.checkpoint import CheckpointStore, Saved, newest_checkpoint, restore
 from agentx.losses import NextTokenLoss, PolicyGradientLoss
 from agentx.metrics import MetricsWriter, Progress
 from agentx.model.config import ModelConfig
+from agentx.model.saved import config_to_json
 from agentx.model.transformer import abstract_transformer
 from agentx.optim import OptimizerConfig, make_optimizer
 from agentx.sample.sampling import check_seed
@@ -137,7 +138,7 @@ def train(
             SourceContext(tokenizer, config.model, mesh, config.seed, first_step, config.num_steps)
         )
         extras = {
-            "model": dataclasses.asdict(config.model),
+            "model": config_to_json(config.model),
             "tokenizer": tokenizer.fingerprint,
             "source": source.identity,
             "seed": config.seed,

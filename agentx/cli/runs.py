@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from agentx.cli.config import save_config
 from agentx.cli.resolved import format_config
 from agentx.model.config import ModelConfig
+from agentx.model.saved import config_from_json
 from agentx.model.transformer import abstract_transformer
 from agentx.sharding import MeshConfig, make_mesh
 from agentx.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ class Policy:
 def load_run(folder: Path) -> Policy:
     """The newest complete checkpoint of a run. Raises ValueError where there is none."""
     saved = newest_saved(folder)
-    config = ModelConfig(**saved.extras["model"])
+    config = config_from_json(saved.extras["model"])
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     mesh = make_mesh(MeshConfig())
     params = load_params(saved, abstract_transformer(config), mesh, tokenizer)
