@@ -46,7 +46,7 @@ def test_a_config_of_before_a_setting_is_read_with_its_default():
 
 
 def test_what_is_no_config_is_refused():
-    with pytest.raises(ValueError, match="no model that this version knows: .*colour"):
+    with pytest.raises(ValueError, match=r"no model that this version knows: .*colour"):
         config_from_json({**config_to_json(PLAIN), "colour": 3})
     with pytest.raises(ValueError, match="'Path' is no setting of a model"):
         config_from_json({**config_to_json(PLAIN), "moe": {"class": "Path"}})

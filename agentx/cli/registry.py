@@ -11,6 +11,8 @@ from collections.abc import Iterable
 REGISTRY = {
     "TrainConfig": "agentx.train.TrainConfig",
     "ModelConfig": "agentx.model.config.ModelConfig",
+    "MoEConfig": "agentx.model.moe_config.MoEConfig",
+    "LatentConfig": "agentx.model.config.LatentConfig",
     "LinearRope": "agentx.model.rope.LinearRope",
     "DynamicRope": "agentx.model.rope.DynamicRope",
     "YarnRope": "agentx.model.rope.YarnRope",
