@@ -64,8 +64,18 @@ class CheckpointStore:
     `wait`. The driver has to call `wait` before it exits, or the last save may be cut short.
     """
 
-    def __init__(self, directory: PathLike, *, keep: int = 3, timeout_s: float = 1200.0):
+    def __init__(
+        self,
+        directory: PathLike,
+        *,
+        keep: int = 3,
+        timeout_s: float = 1200.0,
+        types: ocp.type_handlers.TypeHandlerRegistry | None = None,
+    ):
         """Opens or makes `directory`. `timeout_s` bounds each wait for a save or a restore.
+
+        types: Orbax's handlers of what is saved, where that is no tree of arrays (see
+        `agentx.streamed`).
 
         Raises ValueError for a directory that holds something other than checkpoints.
         """
@@ -81,7 +91,9 @@ class CheckpointStore:
         self._saved: set[int] = set()
         self._damaged: set[int] = set()
         self._writer = ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(),
+            ocp.PyTreeCheckpointHandler(type_handler_registry=types)
+            if types is not None
+            else ocp.PyTreeCheckpointHandler(),
             async_options=ocp.options.AsyncOptions(timeout_secs=int(timeout_s)),
         )
 

@@ -67,11 +67,13 @@ class SourceBatch:
 class BatchSource(Protocol):
     """Batches by step. `identity` is what they depend on, by name: with it a batch changes.
 
-    about: what there is to say of the data before the first step, a line each.
+    about: what there is to say of the data before the first step, a line each. uses_tool_format:
+    whether any of it is in our tool format, and not all in the chat formats of others.
     """
 
     identity: dict[str, str]
     about: tuple[str, ...]
+    uses_tool_format: bool
 
     def batch(self, step: int, params: nnx.State) -> SourceBatch: ...
 
@@ -186,6 +188,8 @@ class _DatasetBatches:
     def __init__(self, config: DatasetSource, context: SourceContext):
         pipeline = config.pipeline(context.tokenizer, context.seed, context.num_steps)
         self.identity = pipeline.identity
+        made_from = [source.store.manifest.get("made_from", {}) for source in pipeline.sources]
+        self.uses_tool_format = any(m.get("renderer", "tool") == "tool" for m in made_from)
         self.about = tuple(
             f"{dataset.store}: {plan}"
             for dataset, plan in zip(config.datasets, pipeline.plans, strict=True)
@@ -264,6 +268,7 @@ class _RolloutBatches:
             seed=context.seed,
         )
         self.about: tuple[str, ...] = ()
+        self.uses_tool_format = True
         self.identity = {
             "rollouts": repr(config),
             "seed": str(context.seed),
@@ -375,6 +380,7 @@ class _MixtureBatches:
         self._rollouts = config.rollouts.open(context)
         self._data_weight = config.data_weight
         self.about = self._data.about
+        self.uses_tool_format = True
         self.identity = {
             **self._data.identity,
             **self._rollouts.identity,

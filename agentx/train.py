@@ -4,6 +4,7 @@ In: a `TrainConfig`, a folder for the run. Out, in that folder:
 
     config.gin        the resolved config (written by the command line)
     tokenizer.model   the tokenizer that the run used
+    imported/         where the model began as one of others: their config, tokenizer and template
     checkpoints/      state, step and what they belong to
     metrics.jsonl     one record a logged step; seconds: of the run so far, as in RunSummary
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -33,6 +35,7 @@ from agentx.checkpoint import CheckpointStore, Saved, newest_checkpoint, restore
 from agentx.losses import NextTokenLoss, PolicyGradientLoss
 from agentx.metrics import MetricsWriter, Progress
 from agentx.model.config import ModelConfig
+from agentx.model.saved import config_to_json
 from agentx.model.transformer import abstract_transformer
 from agentx.optim import OptimizerConfig, make_optimizer
 from agentx.sample.sampling import check_seed
@@ -107,7 +110,9 @@ def train(
     """
     # ---------------------------------------------------------------- what is trained
     tokenizer = Tokenizer.load(config.tokenizer)
-    if tokenizer.vocab_size != config.model.vocab_size:
+    # Others pad their embeddings to a round number of rows; a fresh model has no need of that.
+    is_padded = config.init_from and tokenizer.vocab_size < config.model.vocab_size
+    if tokenizer.vocab_size != config.model.vocab_size and not is_padded:
         raise ValueError(
             f"the tokenizer {config.tokenizer} has {tokenizer.vocab_size} pieces but the model's "
             f"vocab_size is {config.model.vocab_size}: set ModelConfig.vocab_size to the former"
@@ -137,19 +142,23 @@ def train(
             SourceContext(tokenizer, config.model, mesh, config.seed, first_step, config.num_steps)
         )
         extras = {
-            "model": dataclasses.asdict(config.model),
+            "model": config_to_json(config.model),
             "tokenizer": tokenizer.fingerprint,
             "source": source.identity,
             "seed": config.seed,
+            "tool_format": source.uses_tool_format,
         }
         if restored is not None:
             _check_same_run(restored.extras, extras, run_dir)
             state, before = restored.state, restored.extras
+            extras["tool_format"] |= before.get("tool_format", True)
         else:
             params = None
             if config.init_from:
                 saved = newest_saved(Path(config.init_from))
                 params = load_params(saved, model, mesh, tokenizer)
+                extras["tool_format"] |= saved.extras.get("tool_format", True)
+                _carry_imported(Path(config.init_from), run_dir)
             state = init_state(model, optimizer, mesh, jax.random.key(config.seed))
             state = state if params is None else state._replace(params=params)
             before = {"tokens": 0, "seconds": 0.0}
@@ -207,6 +216,17 @@ def newest_saved(run_dir: Path) -> Saved:
     if not checkpoint_dir(run_dir).is_dir():
         raise ValueError(f"{run_dir} is no run: it has no checkpoints folder")
     return newest_checkpoint(checkpoint_dir(run_dir))
+
+
+def imported_dir(run_dir: Path) -> Path:
+    """Where a run has the files of the model of others that it began as, if it did."""
+    return run_dir / "imported"
+
+
+def _carry_imported(init_from: Path, run_dir: Path) -> None:
+    source, target = imported_dir(init_from), imported_dir(run_dir)
+    if source.is_dir() and source.resolve() != target.resolve():
+        shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def load_params(saved: Saved, model: Any, mesh: Any, tokenizer: Tokenizer) -> nnx.State:

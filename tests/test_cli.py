@@ -74,7 +74,7 @@ def test_help_names_every_command(capsys):
 
 
 COMMANDS = [
-    *("quickstart", "train", "eval", "sample", "export", "report", "sweep"),
+    *("quickstart", "train", "eval", "sample", "import", "export", "report", "sweep"),
     *("tokenizer", "data", "model", "env"),
 ]
 

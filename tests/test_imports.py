@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "metrics": "",
     "host": "",
     "checkpoint": "",
+    "streamed": "",
     "tokenizer": "",
     "advantages": "",
     "render": "tokenizer trajectory",

@@ -242,24 +242,65 @@ def sample(
     _done(f"That was {checkpoint}", f"agentx eval --checkpoint {checkpoint} --suite library")
 
 
+@app.command("import")
+def import_(
+    context: Context,
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write, as a run's.")],
+    dtype: Annotated[
+        str, typer.Option(help="What the parameters are kept in: float32 or bfloat16.")
+    ] = "float32",
+) -> None:
+    """A model of others as a run's folder, to train from, to sample, to export again.
+
+    Tensors go into the checkpoint block by block. No code of the folder is run, no pickle opened.
+    """
+    from agentx.cli.importing import import_run
+
+    _refuse_overrides(context)
+    for line in import_run(source, out, dtype):
+        print(line)
+    _done(
+        f"The model is in {out}; a run file begins from it with include "
+        f"{str(out / 'model.gin')!r}, TrainConfig.tokenizer = {str(out / 'tokenizer.model')!r} and "
+        f"TrainConfig.init_from = {str(out)!r}",
+        f"agentx sample --checkpoint {out} --raw PROMPT",
+        f"agentx export {out} FOLDER",
+    )
+
+
 @app.command()
 def export(
     context: Context,
     run: Run,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    shard_size: Annotated[
+        str, typer.Option(help="The most a weights file holds: 5GB, 500MB.")
+    ] = "5GB",
     quantize: Annotated[
         str | None, typer.Option(help="int8 or fp8: linear layers in eight bits, for vLLM.")
     ] = None,
     rows: Annotated[
         Path | None, typer.Option(help="Measure what --quantize costs on this store's text.")
     ] = None,
-) -> None:
-    """A run's newest checkpoint as a Hugging Face folder, for transformers, vLLM and SGLang."""
+    check: Annotated[
+        bool, typer.Option("--check", help="Run it in transformers too, and compare.")
+    ] = False,
+) -> int:
+    """A run's newest checkpoint as a Hugging Face folder, for transformers, vLLM and SGLang.
+
+    A model that was imported keeps its own tokenizer and chat template, unless it was trained in
+    our tool format. --check compares logits and greedy text, both sides in float32 on the weights
+    as they were written, and ends with 1 where they differ by more than 0.001.
+    """
+    from agentx.cli.exporting import check_transformers, compare, export_policy, parse_size
     from agentx.cli.runs import load_run
-    from agentx.interop.huggingface import export_huggingface
 
     _refuse_overrides(context)
+    size = parse_size(shard_size)
+    if check:
+        check_transformers(quantize)
     policy = load_run(run)
     options: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
     if quantize is not None:
@@ -268,11 +309,16 @@ def export(
         print(accuracy_table(policy, **options, store=rows))
     elif rows is not None:
         raise ValueError(f"--rows {rows} measures what --quantize costs; give int8 or fp8 there")
-    folder = export_huggingface(policy.params, policy.config, policy.tokenizer, out, **options)
+    folder = export_policy(policy, out, **options, shard_bytes=size)
+    agrees = True
+    if check:
+        lines, agrees = compare(policy, folder, dtype)
+        print("\n".join(lines))
     _done(
-        f"The model is in {folder}",
+        f"The model is in {folder}" + ("" if agrees else ", and transformers runs another one"),
         f"vllm serve {folder}",
     )
+    return 0 if agrees else 1
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from agentx.cli.registry import nearest
@@ -51,14 +52,14 @@ def sample_text(
         [[episode]] = run_groups(engine, task_set.env, [task], renderer, limits, group_size=1)
         if not len(episode.trajectory):
             raise ValueError(episode.failure)
-        return policy.tokenizer.decode([int(i) for i in episode.trajectory.ids])
+        return _text(policy, episode.trajectory.ids)
     if raw:
         ids = [policy.tokenizer.special["<|bos|>"], *policy.tokenizer.encode(prompt)]
     else:
         spans = renderer.render([Message("user", prompt)], ())
         ids = [int(i) for span in spans for i in span.ids]
     [turn] = engine.complete([ids], [max_tokens])
-    return policy.tokenizer.decode([*ids, *(int(i) for i in turn.ids)])
+    return _text(policy, [*ids, *turn.ids])
 
 
 def evaluate_suite(
@@ -88,6 +89,12 @@ def evaluate_suite(
     if cut := cut_short(sum(e.truncated for e in episodes), sum(bool(e.failure) for e in episodes)):
         lines.append(f"Of {num_episodes} episodes {cut}: no success")
     return "\n".join(lines)
+
+
+def _text(policy: Policy, ids: Iterable[int]) -> str:
+    """The ids as text, without those of padded rows, which no token has."""
+    known = policy.tokenizer.vocab_size
+    return policy.tokenizer.decode([int(i) for i in ids if i < known])
 
 
 def _engine(

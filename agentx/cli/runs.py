@@ -13,30 +13,46 @@ from jax.sharding import Mesh
 from agentx.cli.config import save_config
 from agentx.cli.resolved import format_config
 from agentx.model.config import ModelConfig
+from agentx.model.saved import config_from_json
 from agentx.model.transformer import abstract_transformer
 from agentx.sharding import MeshConfig, make_mesh
 from agentx.tokenizer import Tokenizer
-from agentx.train import load_params, newest_saved
+from agentx.train import imported_dir, load_params, newest_saved
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A trained model with its tokenizer. `params` lie on all devices, as `mesh` says."""
+    """A trained model with its tokenizer. `params` lie on all devices, as `mesh` says.
+
+    imported: the files of the model of others that it began as, None where it began as nothing.
+    uses_tool_format: whether it was trained in our tool format; else those files say all of how to
+    talk to it.
+    """
 
     config: ModelConfig
     params: nnx.State
     tokenizer: Tokenizer
     mesh: Mesh
+    imported: Path | None = None
+    uses_tool_format: bool = True
 
 
 def load_run(folder: Path) -> Policy:
     """The newest complete checkpoint of a run. Raises ValueError where there is none."""
     saved = newest_saved(folder)
-    config = ModelConfig(**saved.extras["model"])
+    config = config_from_json(saved.extras["model"])
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     mesh = make_mesh(MeshConfig())
     params = load_params(saved, abstract_transformer(config), mesh, tokenizer)
-    return Policy(config, params, tokenizer, mesh)
+    imported = imported_dir(folder)
+    return Policy(
+        config,
+        params,
+        tokenizer,
+        mesh,
+        imported if imported.is_dir() else None,
+        saved.extras.get("tool_format", True),
+    )
 
 
 def prepare_run(config: Any, folder: Path) -> str:
@@ -45,6 +61,11 @@ def prepare_run(config: Any, folder: Path) -> str:
     Raises ValueError where the folder holds the run of another config, naming the first difference.
     """
     text, file = format_config(config), folder / "config.gin"
+    if not file.exists() and imported_dir(folder).is_dir():
+        raise ValueError(
+            f"{folder} is an imported model, which has no state of training: give another folder, "
+            f"and begin there with TrainConfig.init_from = {str(folder)!r}"
+        )
     if file.exists():
         before = file.read_text(encoding="utf-8").splitlines()
         changes = [c for c in difflib.ndiff(before, text.splitlines()) if c[:2] in ("- ", "+ ")]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from agentx.interop.families import FAMILIES, Family, family_of
@@ -33,11 +34,32 @@ from agentx.tokenizer import Tokenizer
 
 PathLike = str | os.PathLike[str]
 
+# Beside the weights: how to turn a conversation into ids and back.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+# What some checkpoints hold besides the model: a table that follows from config.json, and the
+# unembedding again where it is the embedding (Qwen3-0.6B).
+_COMPUTED = "rotary_emb.inv_freq"
+_TIED, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_ROWS_AT_ONCE = 4096
+_FLOATS = ("F32", "BF16", "F16")
+
 
 def export_huggingface(
     params: Any,
     config: ModelConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     directory: PathLike,
     *,
     dtype: str = "float32",
@@ -48,17 +70,18 @@ def export_huggingface(
     """Writes a folder that transformers, vLLM and SGLang load, and returns its path.
 
     params: the model's `nnx.State`, or any tree or mapping with the same paths, of jax or numpy
-    arrays; they are fetched from the devices a tensor at a time. dtype: what is stored, "float32",
-    "bfloat16" or "float16". Tensors beyond `max_shard_bytes` go to further files, with an index.
-    like: a folder that the model was once read from: its family is kept, and what its config.json
-    says beside what we know. The folder is written under another name and renamed when whole.
-    quantize: "int8" or "fp8" for the weights of linear layers (see quantize.py); dtype is then what
-    the rest and the scales are in.
+    arrays; they are fetched from the devices a tensor at a time. tokenizer: written with our chat
+    template; with None the files of `like` are copied as they are. dtype: what is stored,
+    "float32", "bfloat16" or "float16". Tensors beyond `max_shard_bytes` go to further files, with
+    an index. like: a folder that the model was once read from: its family is kept, and what its
+    config.json and generation_config.json say beside what we know. quantize: "int8" or "fp8" for
+    the weights of linear layers (see quantize.py); dtype is then what the rest and the scales are
+    in. The folder is written under another name and renamed when whole.
 
-    Raises ValueError where it
-    exists and is not empty, where the tokenizer has more ids than the model, where no family has
-    models like config, or where params do not fit config.
+    Raises ValueError where it exists and is not empty, where the tokenizer has more ids than the
+    model, where no family has models like config, or where params do not fit config.
     """
+    assert tokenizer is not None or like is not None, "nothing says what the ids stand for"
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; choose float32, bfloat16 or float16")
     family, about = family_of(config), {}
@@ -66,7 +89,7 @@ def export_huggingface(
         about = _read_json(Path(like) / "config.json")
         named = _family_named(about, Path(like) / "config.json")
         family = family if named.differences(config) else named
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}: "
             "this is not the tokenizer it was trained with"
@@ -86,15 +109,27 @@ def export_huggingface(
     for leftover in partial.iterdir():
         leftover.unlink()
     _write_tensors(arrays, tensors, partial, jnp.dtype(dtype), max_shard_bytes, quantize)
-    special = tokenizer.special
-    ids = {
-        "bos_token_id": special["<|bos|>"],
-        "eos_token_id": special["<|end|>"],
-        "pad_token_id": special["<|pad|>"],
-    }
-    _write_json(partial / "config.json", {**about, **ids, "dtype": dtype})
-    _write_json(partial / "generation_config.json", {**ids, "do_sample": False})
-    write_tokenizer(tokenizer, partial, config.max_length)
+    generation: dict[str, Any] = {"do_sample": False}
+    if like is not None and (Path(like) / "generation_config.json").exists():
+        generation = _read_json(Path(like) / "generation_config.json")
+    if tokenizer is not None:
+        special = tokenizer.special
+        ids = {
+            "bos_token_id": special["<|bos|>"],
+            "eos_token_id": special["<|end|>"],
+            "pad_token_id": special["<|pad|>"],
+        }
+        about, generation = {**about, **ids}, {**generation, **ids}
+        write_tokenizer(tokenizer, partial, config.max_length)
+    elif like is not None:
+        said = {name: about[name] for name in _IDS if name in about and name not in generation}
+        generation = {**generation, **said}
+        for name in TOKENIZER_FILES:
+            if (Path(like) / name).is_file():
+                shutil.copyfile(Path(like) / name, partial / name)
+    about.pop("torch_dtype", None)  # what transformers 4 called dtype
+    _write_json(partial / "config.json", {**about, "dtype": dtype})
+    _write_json(partial / "generation_config.json", generation)
     if target.exists():
         target.rmdir()
     partial.rename(target)
@@ -137,7 +172,12 @@ def read_config(directory: PathLike) -> tuple[Family, ModelConfig]:
             "it was made from"
         )
     family = _family_named(about, path)
-    return family, family.read(about, path)
+    try:
+        return family, family.read(about, path)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has a value of another kind than {family.model_type}'s") from (
+            error
+        )
 
 
 def read_tensors(
@@ -145,26 +185,40 @@ def read_tensors(
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Every tensor of a folder and its array, one at a time.
 
-    Raises ValueError, before anything is read, where a tensor is missing, left over or of a wrong
-    shape.
+    Raises ValueError as `tensor_files` does, before anything is read.
+    """
+    by_file: dict[Path, list[Tensor]] = {}
+    for tensor, path in tensor_files(directory, family, config).values():
+        by_file.setdefault(path, []).append(tensor)
+    for path, within in by_file.items():
+        with safe_open(path, framework="numpy") as file:
+            for tensor in within:
+                yield tensor, file.get_tensor(tensor.name)
+
+
+def tensor_files(
+    directory: PathLike, family: Family, config: ModelConfig
+) -> dict[str, tuple[Tensor, Path]]:
+    """Every tensor of a folder, by name, and the file that holds it; of files the headers are read.
+
+    Raises ValueError where a tensor is missing, left over, of a wrong shape or of no float type.
     """
     folder = Path(directory)
     tensors, files = family_tensors(family, config), _tensor_files(folder)
     for name in tensors:
         if name not in files:
             raise ValueError(f"{folder} has no tensor {name}")
-    surplus = sorted(files.keys() - tensors.keys())
-    if surplus:
+    surplus = [n for n in sorted(files.keys() - tensors.keys()) if not n.endswith(_COMPUTED)]
+    if surplus == [_TIED] and config.tie_embeddings:
+        _check_tied(files[_TIED], files[_EMBEDDING])
+    elif surplus:
         raise ValueError(f"{folder} has a tensor that the model has not: {surplus[0]}")
     by_file: dict[Path, list[Tensor]] = {}
     for tensor in tensors.values():
         by_file.setdefault(files[tensor.name], []).append(tensor)
     for path, within in by_file.items():
         _check_shapes(path, within)
-    for path, within in by_file.items():
-        with safe_open(path, framework="numpy") as file:
-            for tensor in within:
-                yield tensor, file.get_tensor(tensor.name)
+    return {name: (tensor, files[name]) for name, tensor in tensors.items()}
 
 
 def _family_named(about: Mapping[str, Any], path: Path) -> Family:
@@ -177,17 +231,46 @@ def _family_named(about: Mapping[str, Any], path: Path) -> Family:
 
 
 def _check_shapes(path: Path, tensors: list[Tensor]) -> None:
-    with safe_open(path, framework="numpy") as file:
+    with _opened(path) as file:
         inside = set(file.keys())
         for tensor in tensors:
             if tensor.name not in inside:
                 raise ValueError(f"{path} has no tensor {tensor.name}, though the index says so")
-            shape = tuple(file.get_slice(tensor.name).get_shape())
-            if shape != tensor.shape:
+            found = file.get_slice(tensor.name)
+            if tuple(found.get_shape()) != tensor.shape:
                 raise ValueError(
-                    f"{path.parent}: {tensor.name} has shape {shape}, and config.json means "
-                    f"{tensor.shape}"
+                    f"{path.parent}: {tensor.name} has shape {tuple(found.get_shape())}, and "
+                    f"config.json means {tensor.shape}"
                 )
+            if found.get_dtype() not in _FLOATS:
+                raise ValueError(
+                    f"{path.parent}: {tensor.name} is {found.get_dtype()}; only "
+                    f"{', '.join(_FLOATS)} are read: convert quantised weights to bfloat16 first"
+                )
+
+
+def _check_tied(one: Path, other: Path) -> None:
+    """Raises ValueError where the unembedding is there, and is not the embedding."""
+    with _opened(one) as first, _opened(other) as second:
+        ours, theirs = first.get_slice(_TIED), second.get_slice(_EMBEDDING)
+        size = ours.get_shape()[0]
+        is_same = ours.get_shape() == theirs.get_shape()
+        for first in range(0, size if is_same else 0, _ROWS_AT_ONCE):
+            rows = slice(first, min(first + _ROWS_AT_ONCE, size))
+            is_same = is_same and np.array_equal(ours[rows], theirs[rows])
+    if not is_same:
+        raise ValueError(
+            f"{one.parent}: {_TIED} is not {_EMBEDDING}, and config.json says that they are tied"
+        )
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing, though the index names it") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from None
 
 
 def _check_params(arrays: Mapping[str, Any], config: ModelConfig) -> None:
@@ -239,11 +322,13 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     """Every tensor of a folder, and the file it lies in."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = _read_json(index)["weight_map"]
+        names = _read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise ValueError(f"{index} has no weight_map")
         return {name: folder / file for name, file in names.items()}
     single = folder / "model.safetensors"
     if single.exists():
-        with safe_open(single, framework="numpy") as file:
+        with _opened(single) as file:
             return dict.fromkeys(file.keys(), single)
     pickles = sorted(p.name for p in folder.glob("*.bin"))
     if pickles:
@@ -260,10 +345,13 @@ def _write_json(path: Path, about: Mapping[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        about = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(
             f"{path.parent} is no Hugging Face folder: it has no {path.name}"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} is no JSON object")
+    return about

@@ -59,7 +59,8 @@ class Tokenizer:
     """A tokenizer with markers. `special`: the id of every marker, by its name.
 
     Besides those of `SPECIAL_TOKENS`, these are the markers of the tokenizer's own, such as
-    <|im_end|>. `pieces`: what each id spells.
+    <|im_end|>. `pieces`: what each id spells. `num_added`: how many markers the file lacks, which
+    have the last ids.
     """
 
     def __init__(self, model: bytes):
@@ -79,6 +80,7 @@ class Tokenizer:
             if name not in own:
                 self.special[name] = len(self.pieces)
                 self.pieces.append(Piece(name.encode(), "special"))
+        self.num_added = sum(name not in own for name in SPECIAL_TOKENS)
         byte_ids = {p.data: i for i, p in enumerate(self.pieces) if p.kind == "byte"}
         spelled = [byte_ids[bytes([b])] for b in SPACE.encode()] if vocabulary.spells_space else []
         self._space_ids = spelled
