@@ -248,8 +248,14 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a LoRA run: the adapter alone, for PEFT.")
+    ] = False,
 ) -> None:
     """A run's newest checkpoint as a Hugging Face folder, for transformers, vLLM and SGLang."""
+    if adapter:
+        _export_adapter(context, run, out)
+        return
     from agentx.cli.runs import load_run
     from agentx.interop.huggingface import export_huggingface
 
@@ -260,6 +266,16 @@ def export(
         f"The model is in {folder}",
         f"vllm serve {folder}",
     )
+
+
+def _export_adapter(context: typer.Context, run: Path, out: Path) -> None:
+    from agentx.cli.runs import load_run_adapters
+    from agentx.interop.peft import export_peft
+
+    _refuse_overrides(context)
+    loaded, config, base = load_run_adapters(run)
+    folder = export_peft(loaded.adapters, config, loaded.lora, out, base=base)
+    _done(f"The adapter is in {folder}", f"agentx export {base} BASE, for the model it adapts")
 
 
 @app.command()

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 REGISTRY = {
     "TrainConfig": "agentx.train.TrainConfig",
     "ModelConfig": "agentx.model.config.ModelConfig",
+    "LoraConfig": "agentx.model.lora.LoraConfig",
     "LinearRope": "agentx.model.rope.LinearRope",
     "DynamicRope": "agentx.model.rope.DynamicRope",
     "YarnRope": "agentx.model.rope.YarnRope",

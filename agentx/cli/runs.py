@@ -10,13 +10,14 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
+from agentx.checkpoint import Saved
 from agentx.cli.config import save_config
 from agentx.cli.resolved import format_config
 from agentx.model.config import ModelConfig
 from agentx.model.transformer import abstract_transformer
+from agentx.parameters import LoadedAdapters, load_adapters, load_params, newest_saved
 from agentx.sharding import MeshConfig, make_mesh
 from agentx.tokenizer import Tokenizer
-from agentx.train import load_params, newest_saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +33,31 @@ class Policy:
 def load_run(folder: Path) -> Policy:
     """The newest complete checkpoint of a run. Raises ValueError where there is none."""
     saved = newest_saved(folder)
-    config = ModelConfig(**saved.extras["model"])
+    config = _model_of(saved)
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     mesh = make_mesh(MeshConfig())
     params = load_params(saved, abstract_transformer(config), mesh, tokenizer)
     return Policy(config, params, tokenizer, mesh)
+
+
+def load_run_adapters(folder: Path) -> tuple[LoadedAdapters, ModelConfig, str]:
+    """The adapters of a run, its model, and the folder of the run whose parameters they adapt.
+
+    Raises ValueError where the run has none.
+    """
+    saved = newest_saved(folder)
+    config = _model_of(saved)
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    model, mesh = abstract_transformer(config), make_mesh(MeshConfig())
+    loaded = load_adapters(saved, model, mesh, tokenizer)
+    return loaded, config, saved.extras["lora"]["base"]["run"]
+
+
+def _model_of(saved: Saved) -> ModelConfig:
+    """The model of a checkpoint, whose JSON has lists where a config has tuples."""
+    about: dict[str, Any] = saved.extras["model"]
+    settings: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in about.items()}
+    return ModelConfig(**settings)
 
 
 def prepare_run(config: Any, folder: Path) -> str:
