@@ -217,6 +217,26 @@ def newest_checkpoint(directory: PathLike) -> Saved:
     return Saved(folder, about["step"], about["extras"])
 
 
+def checkpoint_at(directory: PathLike, step: int) -> Saved:
+    """The checkpoint of a step, every byte of which is read once.
+
+    Raises ValueError where it is not there, or damaged.
+    """
+    folder = Path(directory).absolute() / f"step_{step:08d}"
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not there any more")
+    fault = _fault(folder)
+    if fault is not None:
+        raise ValueError(f"{folder} is damaged ({fault})")
+    about = _about(folder)
+    return Saved(folder, about["step"], about["extras"])
+
+
+def fingerprint(saved: Saved) -> str:
+    """sha256 of a checkpoint's checksums, and so of all that it holds."""
+    return hashlib.sha256((saved.folder / "checksums.json").read_bytes()).hexdigest()
+
+
 def restore_params(saved: Saved, abstract_params: Any, *, timeout_s: float = 1200.0) -> Any:
     """The `params` of a checkpoint; the optimizer's state is not read.
 

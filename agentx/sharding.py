@@ -29,7 +29,7 @@ AXES = ("data", "fsdp", "tensor", "context", "expert")
 # expert axis by their number, so their `embed` is `expert_embed`. Activations are split over fsdp
 # and expert by their rows and over context by their tokens, so where they are constrained their
 # embed axis has the name None. `routes` are the experts that a router chooses among: its parameters
-# are small, and every device needs them for all experts.
+# are small, and every device needs them for all experts. `rank` is an adapter's: thin, so whole.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "sequence": ("context",),
@@ -44,6 +44,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "experts": ("expert",),
     "expert_embed": ("fsdp", "context"),
     "routes": (),
+    "rank": (),
 }
 
 

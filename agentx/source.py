@@ -32,6 +32,7 @@ from agentx.data.pipeline import MixturePipeline, Source, Stage, prefetch
 from agentx.data.store import TokenStore
 from agentx.env.base import TaskSet
 from agentx.model.config import ModelConfig
+from agentx.model.lora import LoraConfig
 from agentx.render import ToolRenderer
 from agentx.rollout import Episode, RolloutLimits, run_groups, trainable
 from agentx.sample.engine import Engine
@@ -41,7 +42,10 @@ from agentx_kernels.layout import TreeLayout
 
 @dataclasses.dataclass(frozen=True)
 class SourceContext:
-    """What a source needs to know of the run. Steps from first_step up to num_steps are to come."""
+    """What a source needs to know of the run. Steps from first_step up to num_steps are to come.
+
+    lora: the adapters of the model, if any; the parameters of `BatchSource.batch` then have them.
+    """
 
     tokenizer: Tokenizer
     model: ModelConfig
@@ -49,6 +53,7 @@ class SourceContext:
     seed: int
     first_step: int
     num_steps: int
+    lora: LoraConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +271,7 @@ class _RolloutBatches:
             stop_ids=self._renderer.stop_ids,
             temperature=config.temperature,
             seed=context.seed,
+            lora=context.lora,
         )
         self.about: tuple[str, ...] = ()
         self.uses_tool_format = True

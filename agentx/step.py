@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agentx.batch import Batch
 from agentx.losses import Loss
+from agentx.model.lora import init_adapters, split_trained
 from agentx.model.moe import Routing, move_correction_biases, router_metrics
 from agentx.model.transformer import Transformer, init_params
 from agentx.optim import Optimizer
@@ -37,7 +38,8 @@ Metrics = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-    """step: i32[], updates made so far. params: nnx.State. opt_state: optax's."""
+    """step: i32[], updates made so far. params: nnx.State, of a model with adapters these alone.
+    opt_state: optax's, of params."""
 
     step: Any
     params: nnx.State
@@ -81,8 +83,11 @@ def make_train_step(
     *,
     num_micro_batches: int = 1,
     temperature: float = 1.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step of a model (which may be abstract), jitted. It donates the state.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step of a model (which may be abstract), jitted: (state, batch) -> (state, metrics).
+
+    It donates the state. Of a model with adapters (`lora.adapted`) it is (state, batch, frozen),
+    where frozen is the other parameters, as `split_trained` has them: they are read, not changed.
 
     num_micro_batches: into how many parts the rows are cut, to save memory.
     temperature: what logits are divided by; a policy's is the one it samples with.
@@ -95,10 +100,10 @@ def make_train_step(
     The step raises ValueError where the batch does not divide evenly over micro-batches and
     devices. The jitted function behind that check is its `__wrapped__`, to compile ahead of time.
     """
-    graphdef, abstract_params = nnx.split(model)
+    graphdef, abstract_params, *abstract_frozen = split_trained(model)
 
-    def micro_batch_loss(params: nnx.State, batch: Batch, normaliser: Array) -> tuple[Array, Any]:
-        scored = token_logprobs(nnx.merge(graphdef, params), batch, temperature)
+    def micro_batch_loss(params: nnx.State, frozen: Any, batch: Batch, normaliser: Array) -> Any:
+        scored = token_logprobs(nnx.merge(graphdef, params, *frozen), batch, temperature)
         values_BS, metrics = loss(scored.logprobs, scored.entropy, batch)
         total = jnp.sum(values_BS * batch.weights, where=batch.weights > 0) / normaliser
         if scored.routing is None:
@@ -107,13 +112,13 @@ def make_train_step(
         balance = jnp.sum(routing.balance_loss) / num_micro_batches
         return total + balance, (metrics, routing)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, *frozen: Any) -> tuple[TrainState, Metrics]:
         weight_sum = jnp.sum(batch.weights)
         normaliser = jnp.where(weight_sum > 0, weight_sum, 1)
 
         def accumulate(carry, micro_batch):
             (value, others), grads = jax.value_and_grad(micro_batch_loss, has_aux=True)(
-                state.params, micro_batch, normaliser
+                state.params, frozen, micro_batch, normaliser
             )
             return jax.tree.map(jnp.add, carry, (value, grads)), others
 
@@ -125,7 +130,7 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            if routing is not None:
+            if routing is not None and not frozen:
                 move_correction_biases(params, model.config, routing.tokens_E.sum(0))
         squares = {group: optax.tree.norm(g, squared=True) for group, g in grads.items()}
         metrics = {
@@ -146,7 +151,11 @@ def make_train_step(
     state_shardings = tree_shardings(_abstract_state(abstract_params, optimizer), mesh)
     jitted = jax.jit(
         train_step,
-        in_shardings=(state_shardings, batch_sharding(mesh)),
+        in_shardings=(
+            state_shardings,
+            batch_sharding(mesh),
+            *tree_shardings(abstract_frozen, mesh),
+        ),
         out_shardings=(state_shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
         compiler_options=compiler_options(model.hardware),
@@ -156,23 +165,23 @@ def make_train_step(
 
 def make_score_step(
     model: Transformer, mesh: Mesh, *, temperature: float = 1.0
-) -> Callable[[nnx.State, Batch], tuple[Array, Array]]:
+) -> Callable[..., tuple[Array, Array]]:
     """A jitted (params, batch) -> (logprobs, entropy), f32[B, S] each, of the batch's targets.
 
-    For `Batch.old_logprobs` and, with frozen parameters, `Batch.reference_logprobs`. Raises
-    ValueError as the train step does.
+    For `Batch.old_logprobs` and, with frozen parameters, `Batch.reference_logprobs`. Of a model
+    with adapters it is (params, batch, frozen), as the train step. Raises ValueError as that does.
     """
-    graphdef, abstract_params = nnx.split(model)
+    graphdef, abstract_params, *abstract_frozen = split_trained(model)
 
-    def score_step(params: nnx.State, batch: Batch) -> tuple[Array, Array]:
+    def score_step(params: nnx.State, batch: Batch, *frozen: Any) -> tuple[Array, Array]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            scored = token_logprobs(nnx.merge(graphdef, params), batch, temperature)
+            scored = token_logprobs(nnx.merge(graphdef, params, *frozen), batch, temperature)
             return scored.logprobs, scored.entropy
 
-    rows = batch_sharding(mesh)
+    rows, frozen_shardings = batch_sharding(mesh), tree_shardings(abstract_frozen, mesh)
     jitted = jax.jit(
         score_step,
-        in_shardings=(tree_shardings(abstract_params, mesh), rows),
+        in_shardings=(tree_shardings(abstract_params, mesh), rows, *frozen_shardings),
         out_shardings=rows,
         compiler_options=compiler_options(model.hardware),
     )
@@ -182,11 +191,14 @@ def make_score_step(
 def init_state(model: Transformer, optimizer: Optimizer, mesh: Mesh, key: Array) -> TrainState:
     """A fresh state, born sharded: no parameter is ever whole on a device that holds a part.
 
-    The values depend on the key alone, not on the mesh.
+    Of a model with adapters, of these alone: the others come from elsewhere. The values depend on
+    the key alone, not on the mesh.
     """
 
+    has_adapters = len(split_trained(model)) > 2
+
     def init(key: Array) -> TrainState:
-        params = init_params(model, key)
+        params = init_adapters(model, key) if has_adapters else init_params(model, key)
         return TrainState(jnp.int32(0), params, optimizer.transform.init(params))
 
     return jax.jit(init, out_shardings=tree_shardings(jax.eval_shape(init, key), mesh))(key)
@@ -194,7 +206,7 @@ def init_state(model: Transformer, optimizer: Optimizer, mesh: Mesh, key: Array)
 
 def abstract_state(model: Transformer, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """The shapes, types and shardings of `init_state`'s arrays: what a checkpoint restores into."""
-    state = _abstract_state(nnx.state(model), optimizer)
+    state = _abstract_state(split_trained(model)[1], optimizer)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
@@ -203,12 +215,13 @@ def abstract_state(model: Transformer, optimizer: Optimizer, mesh: Mesh) -> Trai
 
 
 def _checked(jitted: Any, mesh: Mesh, num_micro_batches: int) -> Any:
-    """`jitted` (state, batch), which first says in one sentence if the batch does not divide."""
+    """`jitted` (state, batch, ...), which first says in one sentence if the batch does not
+    divide."""
 
     @functools.wraps(jitted)
-    def step(state: Any, batch: Batch) -> Any:
+    def step(state: Any, batch: Batch, *frozen: Any) -> Any:
         check_batch(batch.tokens.shape, mesh, num_micro_batches)
-        return jitted(state, batch)
+        return jitted(state, batch, *frozen)
 
     return step
 

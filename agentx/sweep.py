@@ -44,11 +44,12 @@ from agentx.env.tasks.recordings import RecordingConfig
 from agentx.eval.calls import CallSuite, LibraryCalls
 from agentx.eval.scores import Score, mean_of_runs, paired_runs_difference
 from agentx.metrics import Progress, read_metrics
+from agentx.parameters import newest_saved
 from agentx.quickstart import describe_machine, record_data, write_json
 from agentx.render import ToolRenderer
 from agentx.report.sweep import plot_sweep, sweep_markdown
 from agentx.sample.engine import Engine
-from agentx.train import TrainConfig, newest_saved, until_sigterm
+from agentx.train import TrainConfig, until_sigterm
 
 # What a name of an arm or a point may be made of, for it is a folder's too.
 _NAME = re.compile(r"[\w+=.,-]+")

@@ -31,15 +31,25 @@ import jax
 import numpy as np
 from flax import nnx
 
-from agentx.checkpoint import CheckpointStore, Saved, newest_checkpoint, restore_params
+from agentx.checkpoint import CheckpointStore
 from agentx.losses import NextTokenLoss, PolicyGradientLoss
 from agentx.metrics import MetricsWriter, Progress
 from agentx.model.config import ModelConfig
+from agentx.model.lora import LoraConfig, adapted
 from agentx.model.saved import config_to_json
 from agentx.model.transformer import abstract_transformer
 from agentx.optim import OptimizerConfig, make_optimizer
+from agentx.parameters import (
+    base_of,
+    checkpoint_dir,
+    describe_adapters,
+    imported_dir,
+    load_frozen,
+    load_params,
+    newest_saved,
+)
 from agentx.sample.sampling import check_seed
-from agentx.sharding import MeshConfig, check_batch, make_mesh, tree_shardings
+from agentx.sharding import MeshConfig, check_batch, make_mesh
 from agentx.source import DatasetSource, MixtureSource, RolloutSource, SourceBatch, SourceContext
 from agentx.step import abstract_state, init_state, make_train_step
 from agentx.tokenizer import Tokenizer
@@ -54,9 +64,10 @@ class TrainConfig:
 
     model, source, loss, optimizer, mesh: what is trained, on what, how, and on which devices.
     tokenizer: path of the tokenizer. num_steps: optimizer steps. init_from: a run whose parameters
-    this one begins with; "" for fresh ones. checkpoint_every, log_every: in steps; one whose batch
-    comes with measurements of its own, as rollouts do, is always logged. seed: of all random
-    numbers, in [0, 2^31).
+    this one begins with; "" for fresh ones. lora: train adapters of these parameters, which stay
+    as they are and may be kept in bfloat16 (`ModelConfig.param_dtype`); None to train them all.
+    checkpoint_every, log_every: in steps; one whose batch comes with measurements of its own, as
+    rollouts do, is always logged. seed: of all random numbers, in [0, 2^31).
     """
 
     model: ModelConfig
@@ -69,6 +80,7 @@ class TrainConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     num_micro_batches: int = 1
     init_from: str = ""
+    lora: LoraConfig | None = None
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 10
@@ -80,6 +92,11 @@ class TrainConfig:
                     f"TrainConfig.{name} is {getattr(self, name)}; it must be 1 or more"
                 )
         check_seed("TrainConfig.seed", self.seed)
+        if self.lora is not None and not self.init_from:
+            raise ValueError(
+                "TrainConfig.lora adapts parameters that are there: set TrainConfig.init_from to "
+                "the run that has them"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +110,6 @@ class RunSummary:
     tokens: int
     seconds: float
     interrupted: bool
-
-
-def checkpoint_dir(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
 
 
 def train(
@@ -120,7 +133,9 @@ def train(
     mesh = make_mesh(config.mesh)
     for shape in config.source.batch_shapes:
         check_batch(shape, mesh, config.num_micro_batches)
-    model = abstract_transformer(config.model)
+    plain = model = abstract_transformer(config.model)
+    if config.lora is not None:
+        model = adapted(plain, config.lora)
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     train_step = make_train_step(
         model,
@@ -139,9 +154,17 @@ def train(
         restored = checkpoints.restore(abstract_state(model, optimizer, mesh))
         first_step = 0 if restored is None else restored.step
         source = config.source.open(
-            SourceContext(tokenizer, config.model, mesh, config.seed, first_step, config.num_steps)
+            SourceContext(
+                tokenizer,
+                config.model,
+                mesh,
+                config.seed,
+                first_step,
+                config.num_steps,
+                config.lora,
+            )
         )
-        extras = {
+        extras: dict[str, Any] = {
             "model": config_to_json(config.model),
             "tokenizer": tokenizer.fingerprint,
             "source": source.identity,
@@ -149,19 +172,28 @@ def train(
             "tool_format": source.uses_tool_format,
         }
         if restored is not None:
-            _check_same_run(restored.extras, extras, run_dir)
+            _check_same_run(restored.extras, extras, config.lora, run_dir)
             state, before = restored.state, restored.extras
             extras["tool_format"] |= before.get("tool_format", True)
         else:
             params = None
             if config.init_from:
                 saved = newest_saved(Path(config.init_from))
-                params = load_params(saved, model, mesh, tokenizer)
+                if config.lora is None:
+                    params = load_params(saved, model, mesh, tokenizer)
                 extras["tool_format"] |= saved.extras.get("tool_format", True)
                 _carry_imported(Path(config.init_from), run_dir)
             state = init_state(model, optimizer, mesh, jax.random.key(config.seed))
             state = state if params is None else state._replace(params=params)
             before = {"tokens": 0, "seconds": 0.0}
+        frozen: list[nnx.State] = []
+        if config.lora is not None:
+            if restored is None:
+                base = newest_saved(Path(config.init_from))
+            else:
+                base = base_of(restored.extras, run_dir)
+            frozen.append(load_frozen(base, plain, config.lora, mesh, tokenizer))
+            extras["lora"] = describe_adapters(config.lora, base)
         if Path(config.tokenizer).resolve() != (run_dir / "tokenizer.model").resolve():
             tokenizer.save(run_dir / "tokenizer.model")
 
@@ -180,8 +212,8 @@ def train(
             Progress(run_dir.name, config.num_steps, done=first_step) as progress,
         ):
             while not is_last:
-                made = source.batch(step, state.params)
-                state, measured = train_step(state, made.batch)
+                made = source.batch(step, nnx.merge_state(state.params, *frozen))
+                state, measured = train_step(state, made.batch, *frozen)
                 step += 1
                 unchecked.append((step, measured))
                 num_tokens = int(np.count_nonzero(made.batch.layout.subtree_end))
@@ -208,50 +240,25 @@ def train(
     return RunSummary(step, tokens, seconds, step < config.num_steps)
 
 
-def newest_saved(run_dir: Path) -> Saved:
-    """A run's newest complete checkpoint; its extras have "model" and "tokenizer".
-
-    Raises ValueError where there is none.
-    """
-    if not checkpoint_dir(run_dir).is_dir():
-        raise ValueError(f"{run_dir} is no run: it has no checkpoints folder")
-    return newest_checkpoint(checkpoint_dir(run_dir))
-
-
-def imported_dir(run_dir: Path) -> Path:
-    """Where a run has the files of the model of others that it began as, if it did."""
-    return run_dir / "imported"
-
-
 def _carry_imported(init_from: Path, run_dir: Path) -> None:
     source, target = imported_dir(init_from), imported_dir(run_dir)
     if source.is_dir() and source.resolve() != target.resolve():
         shutil.copytree(source, target, dirs_exist_ok=True)
 
 
-def load_params(saved: Saved, model: Any, mesh: Any, tokenizer: Tokenizer) -> nnx.State:
-    """The parameters of a run's checkpoint, sharded for `mesh`.
-
-    Raises ValueError where it was trained with another tokenizer, or is of another model.
-    """
-    if saved.extras["tokenizer"] != tokenizer.fingerprint:
-        run_dir = saved.folder.parent.parent
-        raise ValueError(
-            f"{run_dir} was trained with another tokenizer: use {run_dir / 'tokenizer.model'}"
-        )
-    params = nnx.state(model)
-    shardings = tree_shardings(params, mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings
-    )
-    return restore_params(saved, abstract)
-
-
-def _check_same_run(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
+def _check_same_run(
+    before: dict[str, Any], now: dict[str, Any], lora: LoraConfig | None, run_dir: Path
+) -> None:
     if before["tokenizer"] != now["tokenizer"]:
         raise ValueError(
             f"{run_dir} was begun with another tokenizer: go on with "
             f"{run_dir / 'tokenizer.model'}, or give another folder"
+        )
+    # Its other settings are in the shapes and names of the arrays, which are compared.
+    if lora is not None and before["lora"]["alpha"] != lora.alpha:
+        raise ValueError(
+            f"{run_dir} was begun with other adapters: LoraConfig.alpha was "
+            f"{before['lora']['alpha']:g}, is now {lora.alpha:g}; give another folder"
         )
     old, new = before["source"], now["source"]
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]

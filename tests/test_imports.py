@@ -37,7 +37,9 @@ MAY_IMPORT = {
     "source": "data rollout advantages batch render tokenizer trajectory model sample env kernels",
     "interop": "model tokenizer kernels",
     "report": "metrics eval trajectory",
-    "train": "step source checkpoint metrics model losses optim sample sharding tokenizer",
+    "parameters": "checkpoint model sharding tokenizer",
+    "train": "parameters step source checkpoint metrics model losses optim sample sharding "
+    "tokenizer",
 }
 EVERYTHING = {"quickstart", "sweep", "cli"}
 

@@ -35,9 +35,9 @@ from agentx.metrics import Progress
 from agentx.model.config import ModelConfig
 from agentx.model.saved import config_to_json
 from agentx.model.transformer import abstract_transformer
+from agentx.parameters import checkpoint_dir, imported_dir
 from agentx.streamed import STREAMED, StreamedArray
 from agentx.tokenizer import Tokenizer
-from agentx.train import checkpoint_dir, imported_dir
 
 # An embedding that grows has a multiple of so many rows, so that devices can share it.
 _ROWS = 128

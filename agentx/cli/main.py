@@ -287,6 +287,9 @@ def export(
     check: Annotated[
         bool, typer.Option("--check", help="Run it in transformers too, and compare.")
     ] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a LoRA run: the adapter alone, for PEFT.")
+    ] = False,
 ) -> int:
     """A run's newest checkpoint as a Hugging Face folder, for transformers, vLLM and SGLang.
 
@@ -294,6 +297,8 @@ def export(
     our tool format. --check compares logits and greedy text, both sides in float32 on the weights
     as they were written, and ends with 1 where they differ by more than 0.001.
     """
+    if adapter:
+        return _export_adapter(context, run, out)
     from agentx.cli.exporting import check_transformers, compare, export_policy, parse_size
     from agentx.cli.runs import load_run
 
@@ -319,6 +324,17 @@ def export(
         f"vllm serve {folder}",
     )
     return 0 if agrees else 1
+
+
+def _export_adapter(context: typer.Context, run: Path, out: Path) -> int:
+    from agentx.cli.runs import load_run_adapters
+    from agentx.interop.peft import export_peft
+
+    _refuse_overrides(context)
+    loaded, config, base = load_run_adapters(run)
+    folder = export_peft(loaded.adapters, config, loaded.lora, out, base=base)
+    _done(f"The adapter is in {folder}", f"agentx export {base} BASE, for the model it adapts")
+    return 0
 
 
 @app.command()

@@ -13,6 +13,7 @@ REGISTRY = {
     "ModelConfig": "agentx.model.config.ModelConfig",
     "LatentConfig": "agentx.model.config.LatentConfig",
     "MoEConfig": "agentx.model.moe_config.MoEConfig",
+    "LoraConfig": "agentx.model.lora.LoraConfig",
     "LinearRope": "agentx.model.rope.LinearRope",
     "DynamicRope": "agentx.model.rope.DynamicRope",
     "YarnRope": "agentx.model.rope.YarnRope",

@@ -15,9 +15,15 @@ from agentx.cli.resolved import format_config
 from agentx.model.config import ModelConfig
 from agentx.model.saved import config_from_json
 from agentx.model.transformer import abstract_transformer
+from agentx.parameters import (
+    LoadedAdapters,
+    imported_dir,
+    load_adapters,
+    load_params,
+    newest_saved,
+)
 from agentx.sharding import MeshConfig, make_mesh
 from agentx.tokenizer import Tokenizer
-from agentx.train import imported_dir, load_params, newest_saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +59,19 @@ def load_run(folder: Path) -> Policy:
         imported if imported.is_dir() else None,
         saved.extras.get("tool_format", True),
     )
+
+
+def load_run_adapters(folder: Path) -> tuple[LoadedAdapters, ModelConfig, str]:
+    """The adapters of a run, its model, and the folder of the run whose parameters they adapt.
+
+    Raises ValueError where the run has none.
+    """
+    saved = newest_saved(folder)
+    config = config_from_json(saved.extras["model"])
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    model, mesh = abstract_transformer(config), make_mesh(MeshConfig())
+    loaded = load_adapters(saved, model, mesh, tokenizer)
+    return loaded, config, saved.extras["lora"]["base"]["run"]
 
 
 def prepare_run(config: Any, folder: Path) -> str:

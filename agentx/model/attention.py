@@ -23,6 +23,7 @@ from agentx.model.parts import (
     RMSNorm,
     Turn,
     inwards,
+    merged,
     outwards,
     parameter,
     project_few,
@@ -189,9 +190,11 @@ class LatentAttention(nnx.Module):
         return project(o_BSNV, self.w_o[...].astype(dtype), 2)
 
     def _w_kv_b(self, project: Project, dtype: jnp.dtype) -> Array:
-        """[C, N, P + V], however it is stored."""
+        """[C, N, P + V], however it is stored; in one piece, for half of it is taken transposed."""
         w = self.w_kv_b[...].astype(dtype)
-        return jnp.moveaxis(w, -1, 0) if project is project_few else w
+        if project is project_few:
+            w = jax.tree.map(lambda part: jnp.moveaxis(part, -1, 0), w)
+        return merged(w)
 
 
 def copying_output(w_v_LDKH: Array, heads: int, is_last: Sequence[bool]) -> Initializer:

@@ -5,13 +5,15 @@ and how many of its axes a product sums over. `sharding.py` reads the axes. A la
 all layers of a place at once (see `ModelConfig.stacks`), with `layers` as the leading axis;
 `transformer.py` scans over that axis, so what runs here is one layer.
 
-Legend: B rows, S tokens, N heads, H head size.
+Legend: B rows, S tokens, N heads, H head size, R rank of an adapter.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +49,48 @@ def parameter(
     return nnx.Param(value, axes=tuple(sizes), num_inputs=num_inputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project(x: Array, w: Array, num_inputs: int = 1) -> Array:
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["w", "a", "b"], meta_fields=["scale"]
+)
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """A frozen weight and its adapter, in the place of one: w + scale * a b (Hu et al., 2021).
+
+    w: [*inputs, *outputs]. a: [*inputs, R]. b: [R, *outputs]. All may have `layers` before these.
+    """
+
+    w: Array
+    a: Array
+    b: Array
+    scale: float
+
+    def astype(self, dtype: Any) -> LowRank:
+        return jax.tree.map(lambda part: part.astype(dtype), self)
+
+
+# What a product takes: a parameter's array, or one with an adapter.
+Weight = Array | LowRank
+
+
+def project(x: Array, w: Weight, num_inputs: int = 1) -> Array:
     """x [B, S, *inputs] times w [*inputs, *outputs]: [B, S, *outputs]; `num_inputs` axes of each.
+
+    A weight with an adapter is never summed up: two thin products are taken beside its own, and
+    what is frozen of it has no gradient.
+    """
+    return _with_adapter(_product, x, w, num_inputs)
+
+
+def _with_adapter(product: Project, x: Array, w: Weight, num_inputs: int) -> Array:
+    if not isinstance(w, LowRank):
+        return product(x, w, num_inputs)
+    y = product(x, lax.stop_gradient(w.w), num_inputs)
+    return y + w.scale * product(product(x, w.a, num_inputs), w.b, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, w: Array, num_inputs: int) -> Array:
+    """`project` of a plain array.
 
     Its gradient is JAX's, but for the order of the operands of dw: XLA on a CPU transposes the
     first of them in memory, and here that is the smaller of the two. Left to JAX, those are the
@@ -59,11 +100,11 @@ def project(x: Array, w: Array, num_inputs: int = 1) -> Array:
     return lax.dot_general(x, w, ((tuple(2 + i for i in inputs), inputs), ((), ())))
 
 
-def _project_forward(x: Array, w: Array, num_inputs: int) -> tuple[Array, tuple[Array, Array]]:
-    return checkpoint_name(project(x, w, num_inputs), "product"), (x, w)
+def _product_forward(x: Array, w: Array, num_inputs: int) -> tuple[Array, tuple[Array, Array]]:
+    return checkpoint_name(_product(x, w, num_inputs), "product"), (x, w)
 
 
-def _project_backward(
+def _product_backward(
     num_inputs: int, residuals: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
     x, w = residuals
@@ -77,15 +118,21 @@ def _project_backward(
     return dx, jnp.moveaxis(dw, tuple(range(len(outputs))), outputs)
 
 
-project.defvjp(_project_forward, _project_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
-def project_few(x: Array, w: Array, num_inputs: int = 1) -> Array:
+def project_few(x: Array, w: Weight, num_inputs: int = 1) -> Array:
     """`project` for weights from `outputs_first`; for a few tokens on a CPU, and no gradient.
 
-    XLA there packs the second operand of a product anew every time, in the order in which it reads
-    it. With few tokens that should not be the weights, and of them it should read whole rows.
+    The parts of a weight with an adapter are stored so each by itself, a with the inputs of w, b
+    with one. XLA on a CPU packs the second operand of a product anew every time, in the order in
+    which it reads it. With few tokens that should not be the weights, and of them it should read
+    whole rows.
     """
+    return _with_adapter(_product_few, x, w, num_inputs)
+
+
+def _product_few(x: Array, w: Array, num_inputs: int) -> Array:
     w_inputs = tuple(range(w.ndim - num_inputs, w.ndim))
     x_inputs = tuple(range(2, 2 + num_inputs))
     y = lax.dot_general(w, x, ((w_inputs, x_inputs), ((), ())))
@@ -95,6 +142,26 @@ def project_few(x: Array, w: Array, num_inputs: int = 1) -> Array:
 def outputs_first(w: Array, num_inputs: int) -> Array:
     """[*inputs, *outputs] as [*outputs, *inputs]."""
     return jnp.moveaxis(w, range(num_inputs), range(-num_inputs, 0))
+
+
+def merged(w: Weight, num_inputs: int = 1, num_stacked: int = 0) -> Array:
+    """A weight [*stacked, *inputs, *outputs] as one array of its type, its adapter added.
+
+    Summed in f32 and then rounded. In bf16 the sum keeps 8 bits: of an adapter that moves a number
+    by less than a 512th of itself nothing is left of it there, so a merged model is not bit for bit
+    the one that was trained.
+    """
+    if not isinstance(w, LowRank):
+        return w
+    stacked = tuple(range(num_stacked))
+    wide = jnp.promote_types(w.w.dtype, jnp.float32)
+    delta = lax.dot_general(
+        w.a.astype(wide),
+        w.b.astype(wide),
+        (((num_stacked + num_inputs,), (num_stacked,)), (stacked, stacked)),
+        precision=lax.Precision.HIGHEST,
+    )
+    return (w.w.astype(wide) + w.scale * delta).astype(w.w.dtype)
 
 
 class RMSNorm(nnx.Module):

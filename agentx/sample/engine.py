@@ -33,6 +33,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from agentx.model.config import ModelConfig
+from agentx.model.lora import LoraConfig
 from agentx.sample.sampling import SamplingParams, check_sampling, check_seed
 from agentx.sample.slots import Done, Reading, Running, Slice, Slots
 from agentx.sharding import MeshConfig, make_mesh
@@ -157,6 +158,8 @@ class Engine:
     stop_ids: after which a turn ends. temperature, top_k, top_p: see `SamplingParams`; a turn may
       have others. seed: of all random numbers, in [0, 2^31).
     idle_timeout_s: how long `generate` waits for a slot while nothing runs.
+    lora: the adapters of the model's weights, if any; `set_params` then takes all that it has,
+      adapters and what is frozen, as one state.
     """
 
     def __init__(
@@ -172,6 +175,7 @@ class Engine:
         top_p: float = 1.0,
         seed: int = 0,
         idle_timeout_s: float = 600.0,
+        lora: LoraConfig | None = None,
     ):
         if not 2 <= max_length <= config.max_length:
             raise ValueError(
@@ -186,7 +190,7 @@ class Engine:
         check_sampling(self.sampling)
         self._stop_ids = frozenset(int(i) for i in stop_ids)
         stops = tuple(sorted(self._stop_ids))
-        self._slots = Slots(config, _sampler_mesh(mesh), num_slots, max_length, stops, seed)
+        self._slots = Slots(config, _sampler_mesh(mesh), num_slots, max_length, stops, seed, lora)
         self.num_slots = self._slots.row_sizes[-1]
         self._params: Any = None
         self._version: int | None = None

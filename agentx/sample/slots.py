@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from agentx.model.config import ModelConfig
+from agentx.model.lora import LoraConfig, adapted
 from agentx.model.transformer import abstract_transformer
 from agentx.sample.programs import MAX_STEPS, Decoded, Programs, Rows
 from agentx.sample.sampling import SamplingParams
@@ -88,6 +89,7 @@ class Slots:
         max_length: int,
         stop_ids: tuple[int, ...],
         seed: int,
+        lora: LoraConfig | None,
     ):
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
         full = _round_up(num_slots, parts)
@@ -96,7 +98,7 @@ class Slots:
         self.column_sizes = _sizes(max_length, steps, least=64, multiple=32)
         self._feed_rows = min(full, _round_up(16, parts))
         self._feed_length = min(512, max(16, 1 << (max_length // 8).bit_length() - 1))
-        self._programs = _programs(config, mesh, stop_ids)
+        self._programs = _programs(config, mesh, stop_ids, lora)
         self._no_experts = np.zeros((0, *config.routing_shape), np.int32)
         self._seed = seed
         self._lock = threading.Lock()
@@ -218,10 +220,15 @@ class Slots:
 
 
 @functools.lru_cache(maxsize=4)
-def _programs(config: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...]) -> Programs:
+def _programs(
+    config: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...], lora: LoraConfig | None
+) -> Programs:
     """One for all engines of the same policy: a run's rollouts and its evaluations compile once."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return Programs(abstract_transformer(config), mesh, stop_ids, separate=on_cpu)
+    model = abstract_transformer(config)
+    if lora is not None:
+        model = adapted(model, lora)
+    return Programs(model, mesh, stop_ids, separate=on_cpu)
 
 
 def _rows(rows: int, running: list[Running]) -> Rows:
