@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from agentx.cli.main import main
+from agentx.cli.runs import load_run
 from agentx.interop.families import family_of
 from agentx.interop.gguf import open_gguf, read_gguf
 from agentx.interop.huggingface import import_huggingface
 from agentx.interop.tensors import flatten_params
 from agentx.model import abstract_transformer
 from agentx.model.rope import LinearRope, Llama3Rope, LongRope
+from agentx.tokenizer import Tokenizer
 from agentx_kernels.layout import causal
 
 gguf = pytest.importorskip("gguf")
@@ -29,7 +32,7 @@ transformers = pytest.importorskip("transformers")
 Q = gguf.GGMLQuantizationType
 # Multiples of 32, which a block of most types is.
 SIZES = {
-    "vocab_size": 96,
+    "vocab_size": 288,
     "hidden_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -198,7 +201,7 @@ def test_a_file_is_read_as_the_model_that_it_is_of(name, tmp_path):
     assert [kind[:2] for kind in config.kinds] == [kind[:2] for kind in wanted_config.kinds]
     assert config.softmax_scale == wanted_config.softmax_scale
     assert ("rope_scaling" in differences) == (name == "llama 3")
-    tokens = np.random.default_rng(0).integers(0, 96, (2, 40))
+    tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, 40))
     with torch.no_grad():
         found = model(torch.from_numpy(tokens)).logits
     assert float(found.abs().max()) > 1
@@ -231,7 +234,7 @@ def test_types_are_dequantized_before_they_are_taken_apart(kind, name, tmp_path)
 def test_transformers_reads_the_same_file_as_the_same_model(name, tmp_path):
     load = importlib.import_module("transformers.modeling_gguf_pytorch_utils").load_gguf_checkpoint
     path = write(tmp_path / "model.gguf", name, Q.Q8_0, rope__scaling__type=None)
-    about = {**load(path)["config"], "vocab_size": 96}
+    about = {**load(path)["config"], "vocab_size": SIZES["vocab_size"]}
     if name == "gemma 3":  # llama.cpp takes the size of a head for it, and transformers 256
         about["query_pre_attn_scalar"] = 32
     peer = transformers.AutoModelForCausalLM.from_config(
@@ -243,7 +246,7 @@ def test_transformers_reads_the_same_file_as_the_same_model(name, tmp_path):
     assert set(missing) <= {"lm_head.weight"}
     peer.tie_weights()
     config, arrays = read_gguf(path)
-    tokens = np.random.default_rng(0).integers(0, 96, (2, 40))
+    tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, 40))
     with torch.no_grad():
         wanted = peer(torch.from_numpy(tokens)).logits
     np.testing.assert_allclose(logits(config, arrays, tokens), wanted, atol=1e-4, rtol=0)
@@ -379,3 +382,21 @@ def test_one_part_of_several_is_refused(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match="is one of 3 parts; join them with llama-gguf-split"):
         open_gguf(tmp_path / "part.gguf")
+
+
+def test_a_file_is_imported_as_a_run_that_has_its_parameters(tmp_path, capsys):
+    path = write(tmp_path / "model.gguf", "llama", Q.Q8_0)
+    Tokenizer.bytes().save(tmp_path / "tokenizer.model")
+    assert main(["import", str(path), str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {path} says too little of its tokenizer: give the tokenizer")
+    assert main(["import", str(path), str(tmp_path / "run"), "--tokenizer", "none"]) == 2
+    assert capsys.readouterr().err == "error: --tokenizer none: there is no such file\n"
+    assert not (tmp_path / "run").exists()
+    given = ["--tokenizer", str(tmp_path / "tokenizer.model")]
+    assert main(["import", str(path), str(tmp_path / "run"), *given]) == 0
+    config, wanted = read_gguf(path)
+    policy = load_run(tmp_path / "run")
+    assert policy.config == config
+    for name, found in flatten_params(policy.params).items():
+        np.testing.assert_array_equal(found, wanted[name], err_msg=name)

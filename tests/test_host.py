@@ -60,5 +60,5 @@ def test_fresh_parameters_drawn_to_copy_are_made_on_two_devices_too():
 def test_wrong_numbers_are_refused():
     with pytest.raises(ValueError, match="cpu_devices is 0; it must be 1 or more"):
         MeshConfig(cpu_devices=0)
-    with pytest.raises(ValueError, match="init is 'best'; choose normal or copy"):
+    with pytest.raises(ValueError, match="init is 'best'; choose one of normal, copy"):
         ModelConfig(64, 32, 2, 4, 2, 8, 48, init="best")

@@ -1,9 +1,9 @@
-"""A Hugging Face folder as the folder of a run: what `agentx import` does.
+"""A Hugging Face folder, or a GGUF file, as the folder of a run: what `agentx import` does.
 
     OUT/checkpoints/      the parameters, as step 0; no state of training
     OUT/tokenizer.model   their tokenizer, with our markers behind its vocabulary
     OUT/model.gin         the model, to be included in run files
-    OUT/imported/         their config, tokenizer and chat template, as they were
+    OUT/imported/         a folder's config, tokenizer and chat template, as they were
 
 Parameters go block by block from their files into the checkpoint. All of it is made in OUT.partial,
 and the rename comes last.
@@ -28,7 +28,14 @@ from flax import nnx
 
 from agentx.checkpoint import CheckpointStore
 from agentx.cli.resolved import format_config
-from agentx.interop.blocks import Part, chunk_shape, param_blocks, parts_of_params
+from agentx.interop.blocks import (
+    Part,
+    chunk_shape,
+    param_blocks,
+    parts_of_folder,
+    parts_of_gguf,
+)
+from agentx.interop.gguf import open_gguf
 from agentx.interop.huggingface import TOKENIZER_FILES, read_config, tensor_files
 from agentx.interop.tensors import flatten_params, param_shapes
 from agentx.metrics import Progress
@@ -46,20 +53,29 @@ _TIMEOUT_S = 24 * 3600.0
 _KEPT = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
-def import_run(source: Path, out: Path, dtype: str) -> list[str]:
+def import_run(
+    source: Path, out: Path, dtype: str, tokenizer_path: Path | None = None
+) -> list[str]:
     """Makes `out` a run's folder with the model in `source`; returns lines that say what it is.
 
-    dtype: what the parameters are kept in. Raises ValueError where `source` cannot be read, `out`
-    is not empty, or the disk is too small.
+    dtype: what the parameters are kept in. tokenizer_path: of a GGUF file's tokenizer.json or
+    tokenizer.model, or the folder that has it; None for a folder's own. Raises ValueError where
+    `source` cannot be read, `out` is not empty, or the disk is too small.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype {dtype}: choose float32 or bfloat16")
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; give another folder")
-    family, theirs = read_config(source)
-    files = tensor_files(source, family, theirs)
-    tokenizer = load_tokenizer(source)
+    is_gguf = source.suffix == ".gguf"
+    if is_gguf:
+        kind, theirs, parts, tokenizer = _open_gguf(source, tokenizer_path)
+    else:
+        if tokenizer_path is not None:
+            raise ValueError(f"--tokenizer is for GGUF files; {source} has its own")
+        family, theirs = read_config(source)
+        kind, parts = family.architecture, parts_of_folder(tensor_files(source, family, theirs))
+        tokenizer = load_tokenizer(source)
     said, rows = _vocabulary(tokenizer, theirs, source)
     config = dataclasses.replace(theirs, vocab_size=rows, param_dtype=dtype)
     num_bytes = sum(map(math.prod, param_shapes(config).values())) * jnp.dtype(dtype).itemsize
@@ -75,18 +91,35 @@ def import_run(source: Path, out: Path, dtype: str) -> list[str]:
             )
         tokenizer.save(partial / "tokenizer.model")
         _write_model(config, source, partial / "model.gin")
-        imported_dir(partial).mkdir()
-        for name in _KEPT:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, imported_dir(partial) / name)
-        _stream(parts_of_params(files), theirs, config, tokenizer, partial, num_bytes)
+        if not is_gguf:
+            imported_dir(partial).mkdir()
+            for name in _KEPT:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, imported_dir(partial) / name)
+        _stream(parts, theirs, config, tokenizer, partial, num_bytes)
         if out.exists():
             out.rmdir()
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return [f"{family.architecture}, {num_bytes / 1e9:.2f} GB of {dtype}", said]
+    return [f"{kind}, {num_bytes / 1e9:.2f} GB of {dtype}", said]
+
+
+def _open_gguf(
+    source: Path, tokenizer_path: Path | None
+) -> tuple[str, ModelConfig, dict[str, list[Part]], Tokenizer]:
+    if tokenizer_path is None:
+        raise ValueError(
+            f"{source} says too little of its tokenizer: give the tokenizer.json of the model's "
+            "Hugging Face folder, or that folder, as --tokenizer"
+        )
+    if not tokenizer_path.exists():
+        raise ValueError(f"--tokenizer {tokenizer_path}: there is no such file")
+    is_folder = tokenizer_path.is_dir()
+    tokenizer = (load_tokenizer if is_folder else Tokenizer.load)(tokenizer_path)
+    file = open_gguf(source)
+    return f"{file.architecture}, of GGUF", file.config, parts_of_gguf(file), tokenizer
 
 
 def load_tokenizer(source: Path) -> Tokenizer:

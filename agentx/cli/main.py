@@ -245,11 +245,14 @@ def sample(
 @app.command("import")
 def import_(
     context: Context,
-    source: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder, or a GGUF file.")],
     out: Annotated[Path, typer.Argument(help="The folder to write, as a run's.")],
     dtype: Annotated[
         str, typer.Option(help="What the parameters are kept in: float32 or bfloat16.")
     ] = "float32",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Of a GGUF file: its tokenizer.json, or a folder with it.")
+    ] = None,
 ) -> None:
     """A model of others as a run's folder, to train from, to sample, to export again.
 
@@ -258,7 +261,7 @@ def import_(
     from agentx.cli.importing import import_run
 
     _refuse_overrides(context)
-    for line in import_run(source, out, dtype):
+    for line in import_run(source, out, dtype, tokenizer):
         print(line)
     _done(
         f"The model is in {out}; a run file begins from it with include "

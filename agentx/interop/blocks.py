@@ -1,39 +1,67 @@
 """Our parameters as blocks of the tensors that hold them: for checkpoints larger than the memory.
 
-A block is some rows of a tensor of theirs, turned into a part of ours. One is read at a time, from
-a file that is opened for it and closed again, for a mapped file counts what was ever read of it.
+A block is some rows of a tensor of theirs, turned into a part of ours. One is read at a time. A
+safetensors file is opened for it and closed again, for a mapped file counts what was ever read.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from safetensors import safe_open
 
+from agentx.interop.gguf import GGUFFile
 from agentx.interop.tensors import Piece, Tensor
 
 # What a block takes in our type, and so a chunk of a checkpoint; one row may be more.
 BLOCK_BYTES = 16 * 2**20
 
 
+# (first, stop) -> those rows of a tensor.
+ReadRows = Callable[[int, int], np.ndarray]
+
+
 class Part(NamedTuple):
-    """A piece of a parameter and the tensor that holds it, in `file`."""
+    """A piece of a parameter, and what reads the tensor that holds it."""
 
-    tensor: Tensor
     piece: Piece
-    file: Path
+    read_rows: ReadRows
 
 
-def parts_of_params(files: Mapping[str, tuple[Tensor, Path]]) -> dict[str, list[Part]]:
+def parts_of_folder(files: Mapping[str, tuple[Tensor, Path]]) -> dict[str, list[Part]]:
     """The parts of every parameter. files: each tensor and its file (see `tensor_files`)."""
+
+    def rows(name: str, file: Path, first: int, stop: int) -> np.ndarray:
+        with safe_open(file, framework="numpy") as opened:
+            return opened.get_slice(name)[first:stop]
+
+    return _parts(
+        (tensor, functools.partial(rows, tensor.name, file)) for tensor, file in files.values()
+    )
+
+
+def parts_of_gguf(file: GGUFFile) -> dict[str, list[Part]]:
+    """The parts of every parameter. A tensor is taken to f32 as a whole, one at a time."""
+    whole = functools.lru_cache(maxsize=1)(file.as_huggingface)
+
+    def rows(name: str, first: int, stop: int) -> np.ndarray:
+        return whole(name)[first:stop]
+
+    return _parts(
+        (tensor, functools.partial(rows, tensor.name)) for tensor in file.tensors().values()
+    )
+
+
+def _parts(tensors: Iterable[tuple[Tensor, ReadRows]]) -> dict[str, list[Part]]:
     parts: dict[str, list[Part]] = {}
-    for tensor, file in files.values():
+    for tensor, read_rows in tensors:
         for piece in tensor.pieces:
-            parts.setdefault(piece.param, []).append(Part(tensor, piece, file))
+            parts.setdefault(piece.param, []).append(Part(piece, read_rows))
     return parts
 
 
@@ -58,14 +86,13 @@ def param_blocks(
     on_bytes: told how many bytes a block had.
     """
     sums = np.zeros((2, *parts[0].piece.shape[1:]))
-    for tensor, piece, file in parts:
+    for piece, read_rows in parts:
         axis, rows_each = _cut(piece)
         count = chunk_shape(piece, dtype)[len(piece.at) + axis]
         size = piece.shape[axis]
         for first in range(0, size, count):
             stop = min(first + count, size)
-            with safe_open(file, framework="numpy") as opened:
-                rows = opened.get_slice(tensor.name)[first * rows_each : stop * rows_each]
+            rows = read_rows(first * rows_each, stop * rows_each)
             shape = (*piece.shape[:axis], stop - first, *piece.shape[axis + 1 :])
             theirs = piece._replace(shape=shape).of_theirs(rows)
             block = np.ascontiguousarray(theirs, dtype)

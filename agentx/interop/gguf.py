@@ -128,12 +128,10 @@ class GGUFFile:
         """Raises ValueError for a setting that is missing or that the model has not."""
         return _config(self)
 
-    def read(self) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """Every tensor and its array in f32, one at a time, as `huggingface.read_tensors`.
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by name, before any is read.
 
-        param[piece.at] = piece.of_theirs(array), for each of the tensor's pieces. Raises
-        ValueError, before anything is read, where a tensor is missing, left over or of a wrong
-        shape; and at a tensor of a type that is unknown.
+        Raises ValueError where one is missing, left over or of a wrong shape.
         """
         rows = _FAMILIES[self.architecture]
         family = Family(self.architecture, self.architecture, (), rows)
@@ -151,8 +149,19 @@ class GGUFFile:
             surplus -= {_ROPE_FREQS}
         if surplus:
             raise ValueError(f"{self.path} has a tensor that the model has not: {min(surplus)}")
-        for name, tensor in tensors.items():
-            yield tensor, _as_huggingface(self, name)
+        return tensors
+
+    def as_huggingface(self, name: str) -> np.ndarray:
+        """A tensor in f32, as a Hugging Face folder has it: of its pieces `of_theirs` takes ours.
+
+        Raises ValueError for a type that is unknown.
+        """
+        return _as_huggingface(self, name)
+
+    def read(self) -> Iterator[tuple[Tensor, np.ndarray]]:
+        """Every tensor and its array, one at a time, as `huggingface.read_tensors`."""
+        for name, tensor in self.tensors().items():
+            yield tensor, self.as_huggingface(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """In the order of numpy, which is the reverse of the file's."""

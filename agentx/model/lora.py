@@ -25,9 +25,6 @@ from flax import nnx
 from agentx.model.parts import LowRank, merged
 from agentx.model.transformer import Transformer
 
-# Multiplied outside of `project`: by the expert of each token, and in f32 by all devices.
-_WITHOUT = ("moe.experts.", "moe.w_router")
-
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
@@ -35,7 +32,7 @@ class LoraConfig:
 
     rank: R. alpha: what adapters add is multiplied by alpha / rank. targets: regular expressions;
     a weight has an adapter where one of them is the whole of its name within a layer, such as
-    "attention.w_q" or "mlp.w_(gate|up)". Experts and routers can have none.
+    "attention.w_q", "mlp.w_(gate|up)" or "moe.experts.w_down", of which each expert has its own.
 
     Raises ValueError where a number is not positive, or a target is no regular expression.
     """
@@ -68,23 +65,25 @@ class Adapted(nnx.Module):
     """A weight, stacked over layers, and its adapter, in the place of the weight alone.
 
     w: the parameter, which stays. a: [layers, *inputs, R]. b: [layers, R, *outputs]. Both are born
-    abstract; see `init_adapters`.
+    abstract; see `init_adapters`. Of experts all are stacked over these too, next to the layers.
     """
 
     def __init__(self, w: nnx.Param, lora: LoraConfig):
         num_inputs, axes = w.get_metadata("num_inputs"), w.get_metadata("axes")
-        inputs = slice(1, 1 + num_inputs)
-        outputs = slice(1 + num_inputs, None)
+        num_stacked = _num_stacked(w)
+        inputs = slice(num_stacked, num_stacked + num_inputs)
+        outputs = slice(num_stacked + num_inputs, None)
+        shape, stacked = w.shape[:num_stacked], axes[:num_stacked]
         self.scale = lora.alpha / lora.rank
         self.w = w
         self.a = Adapter(
-            jax.ShapeDtypeStruct((w.shape[0], *w.shape[inputs], lora.rank), jnp.float32),
-            axes=(axes[0], *axes[inputs], "rank"),
+            jax.ShapeDtypeStruct((*shape, *w.shape[inputs], lora.rank), jnp.float32),
+            axes=(*stacked, *axes[inputs], "rank"),
             num_inputs=num_inputs,
         )
         self.b = Adapter(
-            jax.ShapeDtypeStruct((w.shape[0], lora.rank, *w.shape[outputs]), jnp.float32),
-            axes=(axes[0], "rank", *axes[outputs]),
+            jax.ShapeDtypeStruct((*shape, lora.rank, *w.shape[outputs]), jnp.float32),
+            axes=(*stacked, "rank", *axes[outputs]),
             num_inputs=1,
         )
 
@@ -96,22 +95,15 @@ class Adapted(nnx.Module):
 def adapted(model: Transformer, lora: LoraConfig) -> Transformer:
     """A model like this one, whose weights that `lora` names have adapters; these are abstract.
 
-    Raises ValueError where a target names nothing, or what can have no adapter.
+    Raises ValueError where a target names nothing.
     """
     model = nnx.merge(*nnx.split(model))
     linears = {".".join(path) for layer in model.layers for path in _linears(layer)}
     for target in lora.targets:
-        named = sorted(name for name in linears if re.fullmatch(target, name))
-        refused = [name for name in named if name.startswith(_WITHOUT)]
-        if not named:
+        if not any(re.fullmatch(target, name) for name in linears):
             raise ValueError(
                 f"LoraConfig.targets has {target!r}, which is no weight of the model; its layers "
-                f"have {', '.join(sorted(n for n in linears if not n.startswith(_WITHOUT)))}"
-            )
-        if refused:
-            raise ValueError(
-                f"LoraConfig.targets has {target!r}, and so {refused[0]}, which can have no "
-                "adapter: experts and routers stay as they are"
+                f"have {', '.join(sorted(linears))}"
             )
     for layer in model.layers:
         for path in _linears(layer):
@@ -140,7 +132,8 @@ def init_adapters(model: Transformer, key: jax.Array) -> nnx.State:
     for number, (path, adapter) in enumerate(adapters):
         value = jnp.zeros(adapter.shape, adapter.dtype)
         if path[-1] == "a":
-            deviation = (3 * math.prod(adapter.shape[1:-1])) ** -0.5
+            first = -1 - adapter.get_metadata("num_inputs")
+            deviation = (3 * math.prod(adapter.shape[first:-1])) ** -0.5
             drawn = jax.random.normal(jax.random.fold_in(key, number), adapter.shape, adapter.dtype)
             value = deviation * drawn
         fresh.append((path, adapter.replace(value)))
@@ -153,9 +146,15 @@ def merged_params(model: Transformer) -> nnx.State:
     for layer in model.layers:
         found = [(path, m) for path, m in nnx.iter_modules(layer) if isinstance(m, Adapted)]
         for path, weight in found:
-            whole = merged(weight[...], weight.w.get_metadata("num_inputs"), num_stacked=1)
+            num_inputs = weight.w.get_metadata("num_inputs")
+            whole = merged(weight[...], num_inputs, num_stacked=_num_stacked(weight.w))
             _put(layer, tuple(map(str, path)), weight.w.replace(whole))
     return nnx.state(model)
+
+
+def _num_stacked(w: nnx.Param) -> int:
+    """Over how many axes a weight is a stack of weights: layers, and experts."""
+    return sum(axis in ("layers", "experts") for axis in w.get_metadata("axes"))
 
 
 def _linears(layer: nnx.Module) -> list[tuple[str, ...]]:

@@ -26,13 +26,31 @@ from jax.sharding import PartitionSpec
 from agentx.model.config import Activation, ModelConfig
 from agentx.model.experts import weighted_experts
 from agentx.model.moe_config import MoEConfig
-from agentx.model.parts import gated, inwards, outwards, parameter, project
+from agentx.model.parts import (
+    Initializer,
+    gated,
+    inwards,
+    merged,
+    outwards,
+    parameter,
+    project,
+)
 from agentx.sharding import RULES, constrain, spec
 
 Array = jax.Array
 
 # The mesh axes that tokens lie over.
 _TOKENS = (*RULES["batch"], *RULES["sequence"])
+
+# The axes of one layer's experts.
+_EXPERT_AXES = {
+    "w_gate": ("experts", "expert_embed", "mlp"),
+    "w_up": ("experts", "expert_embed", "mlp"),
+    "w_down": ("experts", "mlp", "expert_embed"),
+    "b_gate": ("experts", "mlp"),
+    "b_up": ("experts", "mlp"),
+    "b_down": ("experts", "expert_embed"),
+}
 
 
 class Routing(NamedTuple):
@@ -110,16 +128,30 @@ class Experts(nnx.Module):
     """The parameters of E gated feed-forwards. What computes with them is `MoE`."""
 
     def __init__(self, rngs: nnx.Rngs, model: ModelConfig, config: MoEConfig, layers: int):
-        sizes = {"layers": layers, "experts": config.num_experts}
-        embed, mlp = {"expert_embed": model.d_model}, {"mlp": config.d_ff}
-        read, out = inwards(model.d_model), outwards(model, config.d_ff)
-        self.w_gate = parameter(rngs, read, model, 1, **sizes, **embed, **mlp)
-        self.w_up = parameter(rngs, read, model, 1, **sizes, **embed, **mlp)
-        self.w_down = parameter(rngs, out, model, 1, **sizes, **mlp, **embed)
+        sizes = {"experts": config.num_experts, "expert_embed": model.d_model, "mlp": config.d_ff}
+        read, out, zeros = inwards(model.d_model), outwards(model, config.d_ff), initializers.zeros
+
+        def declared(name: str, init: Initializer, num_inputs: int) -> nnx.Param:
+            of_layer = {axis: sizes[axis] for axis in _EXPERT_AXES[name]}
+            return parameter(rngs, init, model, num_inputs, layers=layers, **of_layer)
+
+        self.w_gate = declared("w_gate", read, 1)
+        self.w_up = declared("w_up", read, 1)
+        self.w_down = declared("w_down", out, 1)
         if config.expert_bias:
-            self.b_gate = parameter(rngs, initializers.zeros, model, **sizes, **mlp)
-            self.b_up = parameter(rngs, initializers.zeros, model, **sizes, **mlp)
-            self.b_down = parameter(rngs, initializers.zeros, model, **sizes, **embed)
+            self.b_gate = declared("b_gate", zeros, 0)
+            self.b_up = declared("b_up", zeros, 0)
+            self.b_down = declared("b_down", zeros, 0)
+
+    def weights(self) -> dict[str, Array]:
+        """Of one layer, by name. An adapter is added to its weight, not to the product: rows of
+        many experts go through one product, whose weights it takes whole."""
+        weights = {name: getattr(self, name)[...] for name in _EXPERT_AXES if hasattr(self, name)}
+        return {name: merged(w, num_stacked=1) for name, w in weights.items()}
+
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """Those of `weights`."""
+        return {name: axes for name, axes in _EXPERT_AXES.items() if hasattr(self, name)}
 
 
 class SharedExpert(nnx.Module):
@@ -183,10 +215,9 @@ class MoE(nnx.Module):
         if useful_BS is None:
             useful_BS = jnp.ones(x_BSD.shape[:2], bool)
         names = [n for n in ("w_router", "b_router", "correction_bias") if hasattr(self, n)]
-        router = {name: getattr(self, name)[...] for name in names}
-        variables = nnx.state(self.experts)
-        experts = {name: variable[...] for name, variable in variables.items()}
-        axes = {name: variable.get_metadata("axes")[1:] for name, variable in variables.items()}
+        router = {name: merged(getattr(self, name)[...]) for name in names}
+        experts = self.experts.weights()
+        axes = self.experts.axes()
 
         mesh = jax.sharding.get_abstract_mesh()
         on_mesh = not mesh.empty and mesh.size > 1

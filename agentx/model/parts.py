@@ -161,7 +161,7 @@ def merged(w: Weight, num_inputs: int = 1, num_stacked: int = 0) -> Array:
         (((num_stacked + num_inputs,), (num_stacked,)), (stacked, stacked)),
         precision=lax.Precision.HIGHEST,
     )
-    return (w.w.astype(wide) + w.scale * delta).astype(w.w.dtype)
+    return (lax.stop_gradient(w.w).astype(wide) + w.scale * delta).astype(w.w.dtype)
 
 
 class RMSNorm(nnx.Module):

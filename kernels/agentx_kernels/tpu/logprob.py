@@ -79,8 +79,8 @@ def backward(
 ) -> tuple[Array, Array]:
     """As `logprob_xla.backward`, in dtype.
 
-    The embedding's gradient comes first: nothing waits for it, so what sums it over devices can do
-    so while that of hidden is computed, for which the rest of the backward pass waits.
+    The gradient of hidden comes first, so that what sums it over devices can do so while that of
+    the embedding is computed; whose own sum has the rest of the backward pass beside it.
     """
     tokens = inverse_temperature, maxima, inverse_sum, inverse_temperature * dlogprob
 
@@ -92,8 +92,8 @@ def backward(
         arrays = _filled(hidden, options), embedding, _filled(targets, options)[None], rows
         return kernel(*arrays, *others, dtype, options)
 
-    dembedding = run(logprob_kernels.of_embedding, "columns")
-    dhidden = run(logprob_kernels.of_hidden, "tokens", dembedding)
+    dhidden = run(logprob_kernels.of_hidden, "tokens")
+    dembedding = run(logprob_kernels.of_embedding, "columns", dhidden)
     return dhidden[: hidden.shape[0]], dembedding
 
 

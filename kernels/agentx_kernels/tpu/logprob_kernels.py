@@ -84,13 +84,10 @@ def of_hidden(
     embedding: Array,
     targets: Array,
     rows: Array,
-    after: Array,
     dtype: Any,
     options: Options,
 ) -> Array:
     """The gradient of hidden, [T, D] in dtype.
-
-    after: any array; it is not read, but the kernel starts when it is there.
 
     rows: f32[4, T], the inverse temperature, the maximum, 1 / sum and the cotangent of the
     log-probability times the inverse temperature.
@@ -105,20 +102,28 @@ def of_hidden(
             pl.BlockSpec((blocks.columns, size), lambda i, j: (j, 0)),
             pl.BlockSpec((1, blocks.tokens), lambda i, j: (0, i)),
             pl.BlockSpec((4, blocks.tokens), lambda i, j: (0, i)),
-            pl.BlockSpec(memory_space=pl.ANY),
         ],
         out_specs=own,
         out_shape=jax.ShapeDtypeStruct(hidden.shape, dtype),
         scratch_shapes=_gradient_scratch(own, hidden, options),
         name="logprob_of_hidden",
         **_compiled_with(options),
-    )(hidden, embedding, targets, rows, after)
+    )(hidden, embedding, targets, rows)
 
 
 def of_embedding(
-    hidden: Array, embedding: Array, targets: Array, rows: Array, dtype: Any, options: Options
+    hidden: Array,
+    embedding: Array,
+    targets: Array,
+    rows: Array,
+    after: Array,
+    dtype: Any,
+    options: Options,
 ) -> Array:
-    """The gradient of embedding, [V, D] in dtype. rows: as for `of_hidden`."""
+    """The gradient of embedding, [V, D] in dtype. rows: as for `of_hidden`.
+
+    after: any array; it is not read, but the kernel starts when it is there.
+    """
     blocks, (length, size) = options.blocks, hidden.shape
     own = pl.BlockSpec((blocks.columns, size), lambda j, i: (j, 0))
     return pl.pallas_call(
@@ -129,13 +134,14 @@ def of_embedding(
             own,
             pl.BlockSpec((1, blocks.tokens), lambda j, i: (0, i)),
             pl.BlockSpec((4, blocks.tokens), lambda j, i: (0, i)),
+            pl.BlockSpec(memory_space=pl.ANY),
         ],
         out_specs=own,
         out_shape=jax.ShapeDtypeStruct(embedding.shape, dtype),
         scratch_shapes=_gradient_scratch(own, hidden, options),
         name="logprob_of_embedding",
         **_compiled_with(options),
-    )(hidden, embedding, targets, rows)
+    )(hidden, embedding, targets, rows, after)
 
 
 def _gradient_scratch(own: Any, hidden: Array, options: Options) -> list[Any]:
@@ -196,7 +202,6 @@ def _of_hidden_kernel(
     block_ref: Any,
     target_ref: Any,
     rows_ref: Any,
-    after_ref: Any,
     o_ref: Any,
     acc_ref: Any,
     raw_ref: Any,
@@ -237,6 +242,7 @@ def _of_embedding_kernel(
     block_ref: Any,
     target_ref: Any,
     rows_ref: Any,
+    after_ref: Any,
     o_ref: Any,
     acc_ref: Any,
     raw_ref: Any,
