@@ -365,6 +365,7 @@ class _Pipeline:
                 mesh=policy.mesh,
                 num_slots=self.config.num_slots,
                 max_length=self.config.max_length,
+                vocab_size=self.tokenizer.vocab_size,
                 stop_ids=renderer.stop_ids,
                 temperature=0.0,
             )

@@ -268,6 +268,7 @@ class _RolloutBatches:
             mesh=context.mesh,
             num_slots=config.num_groups * config.group_size,
             max_length=config.length,
+            vocab_size=context.tokenizer.vocab_size,
             stop_ids=self._renderer.stop_ids,
             temperature=config.temperature,
             seed=context.seed,

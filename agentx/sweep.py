@@ -411,6 +411,7 @@ class _Sweep:
                 mesh=policy.mesh,
                 num_slots=self._config.evaluation.num_slots,
                 max_length=suite.max_length,
+                vocab_size=policy.tokenizer.vocab_size,
                 stop_ids=renderer.stop_ids,
                 temperature=0.0,
             )

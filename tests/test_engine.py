@@ -142,6 +142,20 @@ def test_logprobs_are_of_the_whole_vocabulary_at_the_sampling_temperature():
     assert np.all(turn.processed_logprobs >= turn.logprobs)
 
 
+def test_only_ids_of_the_tokenizer_are_drawn():
+    """And their log-probabilities are the trainer's, of the model's whole vocabulary."""
+    engine = make_engine(vocab_size=40, stop_ids=())
+    ids = prompt(3) % 40
+    samplings = [SamplingParams(1.0), SamplingParams(2.0, 30, 0.9), SamplingParams(0.0)]
+    for sampling in samplings:
+        turns = engine.complete([ids] * 8, [40] * 8, sampling)
+        drawn = np.concatenate([turn.ids for turn in turns])
+        assert 30 < drawn.max() < 40
+        expected, best = trainer([*ids, *turns[0].ids], len(ids), sampling.temperature or 1.0)
+        np.testing.assert_allclose(turns[0].logprobs, expected, rtol=0, atol=1e-5)
+    assert np.any(best >= 40)
+
+
 SAMPLINGS = (
     SamplingParams(0.6),
     SamplingParams(0.0),
@@ -295,6 +309,8 @@ def test_wrong_input_is_refused_in_one_sentence():
         make_engine(max_length=300)
     with pytest.raises(ValueError, match="call set_params first"):
         Engine(CONFIG, num_slots=1, max_length=8).open([1], [0])
+    with pytest.raises(ValueError, match="vocab_size is 97; the model allows 1 to 96"):
+        make_engine(vocab_size=97)
     engine = fresh()
     with pytest.raises(ValueError, match=r"10 tokens, which with 90 new ones makes 100.* of 96"):
         engine.complete([np.arange(10)], [90])

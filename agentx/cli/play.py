@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from agentx.cli.registry import nearest
@@ -52,14 +51,14 @@ def sample_text(
         [[episode]] = run_groups(engine, task_set.env, [task], renderer, limits, group_size=1)
         if not len(episode.trajectory):
             raise ValueError(episode.failure)
-        return _text(policy, episode.trajectory.ids)
+        return policy.tokenizer.decode(episode.trajectory.ids.tolist())
     if raw:
         ids = [policy.tokenizer.special["<|bos|>"], *policy.tokenizer.encode(prompt)]
     else:
         spans = renderer.render([Message("user", prompt)], ())
         ids = [int(i) for span in spans for i in span.ids]
     [turn] = engine.complete([ids], [max_tokens])
-    return _text(policy, [*ids, *turn.ids])
+    return policy.tokenizer.decode([*ids, *turn.ids.tolist()])
 
 
 def evaluate_suite(
@@ -91,12 +90,6 @@ def evaluate_suite(
     return "\n".join(lines)
 
 
-def _text(policy: Policy, ids: Iterable[int]) -> str:
-    """The ids as text, without those of padded rows, which no token has."""
-    known = policy.tokenizer.vocab_size
-    return policy.tokenizer.decode([int(i) for i in ids if i < known])
-
-
 def _engine(
     policy: Policy, renderer: ToolRenderer, *, num_slots: int, temperature: float
 ) -> Engine:
@@ -106,6 +99,7 @@ def _engine(
         mesh=policy.mesh,
         num_slots=num_slots,
         max_length=policy.config.max_length,
+        vocab_size=policy.tokenizer.vocab_size,
         stop_ids=renderer.stop_ids,
         temperature=temperature,
     )

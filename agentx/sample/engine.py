@@ -155,6 +155,8 @@ class Engine:
       vocabulary over tensor.
     num_slots: how many sessions hold a slot at once, rounded up to what the mesh divides.
     max_length: the most tokens of a session; at most the model's.
+    vocab_size: only ids below it are drawn, those of the tokenizer: a model's vocabulary is often
+      padded beyond. All of the model's if None.
     stop_ids: after which a turn ends. temperature, top_k, top_p: see `SamplingParams`; a turn may
       have others. seed: of all random numbers, in [0, 2^31).
     idle_timeout_s: how long `generate` waits for a slot while nothing runs.
@@ -169,6 +171,7 @@ class Engine:
         num_slots: int,
         max_length: int,
         mesh: Mesh | None = None,
+        vocab_size: int | None = None,
         stop_ids: Sequence[int] = (),
         temperature: float = 1.0,
         top_k: int = 0,
@@ -184,13 +187,22 @@ class Engine:
             )
         if num_slots < 1:
             raise ValueError(f"num_slots is {num_slots}; it must be 1 or more")
+        if vocab_size is None:
+            vocab_size = config.vocab_size
+        if not 1 <= vocab_size <= config.vocab_size:
+            raise ValueError(
+                f"the engine's vocab_size is {vocab_size}; the model allows 1 to "
+                f"{config.vocab_size}"
+            )
         check_seed("seed", seed)
         self.config, self.max_length = config, max_length
         self.sampling = SamplingParams(temperature, top_k, top_p)
         check_sampling(self.sampling)
         self._stop_ids = frozenset(int(i) for i in stop_ids)
         stops = tuple(sorted(self._stop_ids))
-        self._slots = Slots(config, _sampler_mesh(mesh), num_slots, max_length, stops, seed, lora)
+        self._slots = Slots(
+            config, _sampler_mesh(mesh), num_slots, max_length, vocab_size, stops, seed, lora
+        )
         self.num_slots = self._slots.row_sizes[-1]
         self._params: Any = None
         self._version: int | None = None

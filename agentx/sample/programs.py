@@ -76,16 +76,23 @@ class Decoded(NamedTuple):
 class Programs:
     """The programs of one model on one mesh.
 
-    stop_ids: after which a row stops.
+    vocab_size: only ids below it are drawn. stop_ids: after which a row stops.
     separate: whether each layer has a cache and weights of its own, and decoding no scan, so that
       nothing is copied out of stacks: for CPUs. Compiling then takes longer with every layer.
     """
 
     def __init__(
-        self, model: Transformer, mesh: Mesh, stop_ids: tuple[int, ...], *, separate: bool
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        vocab_size: int,
+        stop_ids: tuple[int, ...],
+        *,
+        separate: bool,
     ):
         self._graphdef, abstract = nnx.split(model)
-        self._config, self._mesh, self._stop_ids = model.config, mesh, stop_ids
+        self._config, self._mesh = model.config, mesh
+        self._vocab_size, self._stop_ids = vocab_size, stop_ids
         self.param_shardings = tree_shardings(abstract, mesh)
         self._abstract_params = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -254,6 +261,9 @@ class Programs:
             with jax.named_scope("sample"):
                 raw_BV = jnp.dot(hidden_BD, table_DV, preferred_element_type=jnp.float32)
                 logits_BV = capped(raw_BV, self._config.logit_softcap)
+                if self._vocab_size < self._config.vocab_size:
+                    is_id_V = jnp.arange(self._config.vocab_size) < self._vocab_size
+                    logits_BV = jnp.where(is_id_V, logits_BV, -jnp.inf)
                 # The token to be drawn stands at the position after the one just read.
                 uniform_B = row_uniforms(seed, rows.request, cache.lengths)
                 drawn = sample(logits_BV, uniform_B, rows.sampling)

@@ -87,6 +87,7 @@ class Slots:
         mesh: Mesh,
         num_slots: int,
         max_length: int,
+        vocab_size: int,
         stop_ids: tuple[int, ...],
         seed: int,
         lora: LoraConfig | None,
@@ -98,7 +99,7 @@ class Slots:
         self.column_sizes = _sizes(max_length, steps, least=64, multiple=32)
         self._feed_rows = min(full, _round_up(16, parts))
         self._feed_length = min(512, max(16, 1 << (max_length // 8).bit_length() - 1))
-        self._programs = _programs(config, mesh, stop_ids, lora)
+        self._programs = _programs(config, mesh, vocab_size, stop_ids, lora)
         self._no_experts = np.zeros((0, *config.routing_shape), np.int32)
         self._seed = seed
         self._lock = threading.Lock()
@@ -221,14 +222,18 @@ class Slots:
 
 @functools.lru_cache(maxsize=4)
 def _programs(
-    config: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...], lora: LoraConfig | None
+    config: ModelConfig,
+    mesh: Mesh,
+    vocab_size: int,
+    stop_ids: tuple[int, ...],
+    lora: LoraConfig | None,
 ) -> Programs:
     """One for all engines of the same policy: a run's rollouts and its evaluations compile once."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     model = abstract_transformer(config)
     if lora is not None:
         model = adapted(model, lora)
-    return Programs(model, mesh, stop_ids, separate=on_cpu)
+    return Programs(model, mesh, vocab_size, stop_ids, separate=on_cpu)
 
 
 def _rows(rows: int, running: list[Running]) -> Rows:
