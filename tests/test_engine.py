@@ -1,6 +1,7 @@
 """The engine against the trainer's forward pass, and against itself in other circumstances."""
 
 import asyncio
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 
 from agentx.model import ModelConfig, abstract_transformer, init_params
 from agentx.sample import Engine, SamplingParams
+from agentx.sample.slots import Slots
 from agentx.sharding import MeshConfig, make_mesh, tree_shardings
 from agentx_kernels.hardware import hardware
 from agentx_kernels.layout import causal
@@ -228,6 +230,24 @@ def test_members_of_a_group_share_their_prompt_and_not_their_draws():
     episodes = asyncio.run(play(fresh(), num_groups=2, group_size=8))
     for group in (episodes[:8], episodes[8:]):
         assert len({tuple(turns[0][1].ids) for _, turns in group}) > 4
+
+
+@pytest.mark.parametrize(
+    ("max_length", "sizes"),
+    [
+        (96, (64, 96)),
+        (640, (160, 320, 480, 640)),
+        (8191, (2048, 4096, 6144, 8191)),
+        (8192, (512, 2048, 4096, 6144, 8192)),
+        (131072, (512, 2048, 8192, 32768, 65536, 98304, 131072)),
+    ],
+)
+def test_short_sessions_of_a_model_of_long_rows_have_a_short_cache(max_length, sizes):
+    config = dataclasses.replace(CONFIG, max_length=max_length)
+    slots = Slots(
+        config, make_mesh(MeshConfig(data=-1)), 8, max_length, config.vocab_size, (), 0, None
+    )
+    assert slots.column_sizes == sizes
 
 
 def test_nothing_is_compiled_after_the_warm_up():

@@ -44,8 +44,8 @@ def sample_text(
         raise ValueError("--raw goes on with a text and offers no tools: leave out --suite")
     policy = load_run(checkpoint)
     renderer = ToolRenderer(policy.tokenizer)
-    engine = _engine(policy, renderer, num_slots=1, temperature=temperature)
     if task_set is not None:
+        engine = _engine(policy, renderer, num_slots=1, temperature=temperature)
         task = Task(id="prompt", prompt=prompt, answer="")
         limits = RolloutLimits(max_new_tokens=max_tokens)
         [[episode]] = run_groups(engine, task_set.env, [task], renderer, limits, group_size=1)
@@ -57,6 +57,8 @@ def sample_text(
     else:
         spans = renderer.render([Message("user", prompt)], ())
         ids = [int(i) for span in spans for i in span.ids]
+    length = min(policy.config.max_length, len(ids) + max_tokens)
+    engine = _engine(policy, renderer, num_slots=1, temperature=temperature, max_length=length)
     [turn] = engine.complete([ids], [max_tokens])
     return policy.tokenizer.decode([*ids, *turn.ids.tolist()])
 
@@ -91,14 +93,19 @@ def evaluate_suite(
 
 
 def _engine(
-    policy: Policy, renderer: ToolRenderer, *, num_slots: int, temperature: float
+    policy: Policy,
+    renderer: ToolRenderer,
+    *,
+    num_slots: int,
+    temperature: float,
+    max_length: int | None = None,
 ) -> Engine:
-    """A sampler that holds the policy."""
+    """A sampler that holds the policy; of the model's longest rows if max_length is None."""
     engine = Engine(
         policy.config,
         mesh=policy.mesh,
         num_slots=num_slots,
-        max_length=policy.config.max_length,
+        max_length=max_length or policy.config.max_length,
         vocab_size=policy.tokenizer.vocab_size,
         stop_ids=renderer.stop_ids,
         temperature=temperature,

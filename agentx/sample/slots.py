@@ -27,6 +27,9 @@ from agentx.model.transformer import abstract_transformer
 from agentx.sample.programs import MAX_STEPS, Decoded, Programs, Rows
 from agentx.sample.sampling import SamplingParams
 
+# Columns of the least size of caches whose rows may be long.
+_LEAST_OF_LONG = 512
+
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
@@ -95,8 +98,7 @@ class Slots:
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
         full = _round_up(num_slots, parts)
         self.row_sizes = _sizes(full, steps=(4, 2, 1), least=_round_up(8, parts), multiple=parts)
-        steps = (4, 2, 4 / 3, 1) if max_length > 256 else (2, 1)
-        self.column_sizes = _sizes(max_length, steps, least=64, multiple=32)
+        self.column_sizes = _column_sizes(max_length)
         self._feed_rows = min(full, _round_up(16, parts))
         self._feed_length = min(512, max(16, 1 << (max_length // 8).bit_length() - 1))
         self._programs = _programs(config, mesh, vocab_size, stop_ids, lora)
@@ -246,6 +248,15 @@ def _rows(rows: int, running: list[Running]) -> Rows:
         request[r.row] = r.request_id % 2**32
         temperature[r.row], top_k[r.row], top_p[r.row] = r.sampling
     return Rows(token, length, request, budget, SamplingParams(temperature, top_k, top_p))
+
+
+def _column_sizes(max_length: int) -> tuple[int, ...]:
+    """Up to a quarter each is 4 times the one before, for a model's longest row may be far longer
+    than what is sampled; beyond, memory matters more than what one size more costs to compile."""
+    steps: tuple[float, ...] = (4, 2, 4 / 3, 1) if max_length > 256 else (2, 1)
+    while max_length >= 4 * _LEAST_OF_LONG * steps[0]:
+        steps = 4 * steps[0], *steps
+    return _sizes(max_length, steps, least=64, multiple=32)
 
 
 def _sizes(full: int, steps: tuple[float, ...], least: int, multiple: int) -> tuple[int, ...]:
