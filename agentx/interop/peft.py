@@ -39,7 +39,7 @@ def export_peft(
     by hand may give another.
 
     Where some weights of experts have adapters, those that have none are given zeros: peft fails on
-    gate or up alone, and passes over both in silence where down has none.
+    gate or up alone, and passes over both, with a warning at most, where down has none.
 
     Raises ValueError where the folder exists and is not empty, where no family has models like
     config, or for an adapter that peft cannot load: of a router with a correction bias, or of a
