@@ -451,11 +451,120 @@ def test_peft_loads_adapters_with_the_same_logits(tmp_path, config, targets, nam
     assert_peft_agrees(tmp_path, config, whole, base, tmp_path / "adapter")
 
 
-def test_adapters_that_peft_would_take_for_those_of_experts_are_refused(tmp_path):
-    lora = LoraConfig(4, 8.0, ("mlp.w_up",))
-    adapters = make(LATENT, lora)[3]
-    with pytest.raises(ValueError, match=r"peft takes an adapter of model.layers.0.mlp.up_proj"):
-        export_peft(adapters, LATENT, lora, tmp_path / "adapter", base="base")
+QWEN_MOE = dataclasses.replace(
+    TINY, vocab_size=BYTES.vocab_size, moe=MoEConfig(4, 2, 16, "softmax")
+)
+MIXTRAL = dataclasses.replace(
+    QWEN_MOE, qk_norm="none", moe=MoEConfig(4, 2, TINY.d_ff, "softmax", normalize=True)
+)
+# An odd number of layers in a pattern of two, so experts lie in two stacks.
+GPT_OSS = dataclasses.replace(
+    MIXTRAL,
+    num_layers=3,
+    qkv_bias=True,
+    output_bias=True,
+    sinks=True,
+    window_pattern=(7, None),
+    activation="clamped_swiglu",
+    moe=MoEConfig(4, 2, TINY.d_ff, "softmax_of_chosen", router_bias=True, expert_bias=True),
+)
+DEEPSEEK = dataclasses.replace(LATENT, vocab_size=BYTES.vocab_size)
+ATTENTION, EXPERTS, ROUTER = r"attention\.w_.*", r"moe\.experts\.w_.*", r"moe\.w_router"
+OF_THREE = ["down_proj", "gate_proj", "up_proj"]
+OF_FOUR = ["k_proj", "o_proj", "q_proj", "v_proj"]
+FUSED = ["experts.down_proj", "experts.gate_up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "modules", "parameters"),
+    [
+        (QWEN_MOE, (ATTENTION, EXPERTS, ROUTER), sorted(OF_THREE + OF_FOUR), ["gate.weight"]),
+        (QWEN_MOE, ("moe.experts.w_(gate|up)",), OF_THREE, None),
+        (MIXTRAL, (ATTENTION, EXPERTS, ROUTER), [*OF_FOUR, "w1", "w2", "w3"], ["gate.weight"]),
+        (MIXTRAL, ("moe.experts.w_up",), ["w1", "w2", "w3"], None),
+        (GPT_OSS, (ATTENTION, EXPERTS, ROUTER), OF_FOUR, [*FUSED, "router.weight"]),
+        (GPT_OSS, ("moe.experts.w_up",), [], FUSED),
+        (
+            DEEPSEEK,
+            (ATTENTION, EXPERTS, "mlp.w_.*", "moe.shared.w_.*"),
+            8,
+            [f"{of}.{x}.weight" for of in ("mlp", "shared_experts") for x in OF_THREE],
+        ),
+        (DEEPSEEK, ("moe.experts.w_down",), OF_THREE, None),
+        (
+            DEEPSEEK,
+            ("mlp.w_up", "moe.shared.w_down"),
+            [],
+            ["mlp.up_proj.weight", "shared_experts.down_proj.weight"],
+        ),
+    ],
+    ids=[
+        "qwen3-moe",
+        "qwen3-moe, no down",
+        "mixtral",
+        "mixtral, up",
+        "gpt-oss",
+        "gpt-oss, up",
+        "deepseek, no router",
+        "deepseek, down",
+        "deepseek, no experts",
+    ],
+)
+def test_peft_loads_adapters_of_mixtures_with_the_same_logits(
+    tmp_path, config, targets, modules, parameters
+):
+    lora = LoraConfig(4, 8.0, targets)
+    _, model, base, adapters, frozen = make(config, lora)
+    export_peft(adapters, config, lora, tmp_path / "adapter", base="base")
+    about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert modules in (about["target_modules"], len(about["target_modules"]))
+    assert about.get("target_parameters") == parameters
+    graphdef = split_trained(model)[0]
+    whole = merge(graphdef, adapters, frozen)
+    assert_peft_agrees(tmp_path, config, whole, base, tmp_path / "adapter")
+
+    # Were the adapter of any weight passed over, of a single expert too, the logits would tell.
+    leaves, structure = jax.tree.flatten(adapters)
+    unembedding = nnx.merge(nnx.graphdef(abstract_transformer(config)), whole).unembedding()
+    trained = hidden(graphdef, adapters, frozen)
+    for number, name in enumerate(flatten_params(adapters)):
+        num_stacked = 2 if ".experts." in name else 1
+        for at in np.ndindex(leaves[number].shape[:num_stacked] if name.endswith(".b") else 0):
+            fewer = [leaf.copy() if leaf is leaves[number] else leaf for leaf in leaves]
+            fewer[number][at] = 0
+            less = hidden(graphdef, jax.tree.unflatten(structure, fewer), frozen)
+            assert np.abs((less - trained) @ unembedding.T).max() > 1e-3, (name, at)
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "sentence"),
+    [
+        (
+            DEEPSEEK,
+            (ROUTER,),
+            r"layers.1.mlp.gate, whose e_score_correction_bias its wrapper hides",
+        ),
+        (
+            DEEPSEEK,
+            (ATTENTION, EXPERTS, ROUTER),
+            r"cannot load an adapter of model.layers.1.mlp.ga",
+        ),
+        (
+            dataclasses.replace(
+                GPT_OSS, moe=dataclasses.replace(GPT_OSS.moe, num_experts=1, experts_per_token=1)
+            ),
+            (EXPERTS,),
+            r"model.layers.0.mlp.experts.down_proj, a parameter of one expert alone, for its trans",
+        ),
+    ],
+    ids=["router", "router and others", "one expert"],
+)
+def test_adapters_that_peft_cannot_load_are_refused(tmp_path, config, targets, sentence):
+    lora = LoraConfig(4, 8.0, targets)
+    adapters = make(config, lora)[3]
+    with pytest.raises(ValueError, match=sentence):
+        export_peft(adapters, config, lora, tmp_path / "adapter", base="base")
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_command_exports_an_adapter_or_all_of_it(folder, tmp_path, capsys):
