@@ -240,25 +240,31 @@ def _gradients(
     flat_T = (x.reshape(-1) for x in (targets_BS, *tokens_BS))
     dhidden_TD, dembedding_VD = path.backward(hidden_TD, embedding_VD, *flat_T)
     if split is not None:
-        dhidden_TD = _summed_over_vocabulary(dhidden_TD, split, dtype)
+        dhidden_TD = _summed_shares(dhidden_TD, split)
+    # The layers' backward pass waits for dhidden alone. Left until after it, the embedding's
+    # gradient would keep hidden states and the gathered embedding in memory all that while.
+    dhidden_TD, dembedding_VD = lax.optimization_barrier((dhidden_TD, dembedding_VD))
+    dhidden_TD = dhidden_TD.astype(dtype)
+    if split is not None:
+        dhidden_TD = lax.all_gather(dhidden_TD, split.vocab, axis=0, tiled=True)
         others = [axis for axis in (*split.rows, split.tokens) if axis not in split.embed]
         dembedding_VD = lax.psum_scatter(
             dembedding_VD, split.embed, scatter_dimension=1, tiled=True
         )
         dembedding_VD = lax.psum(dembedding_VD, others)
-    return dhidden_TD.astype(dtype).reshape(hidden_BSD.shape), dembedding_VD.astype(dtype)
+    dhidden_TD = dhidden_TD[: hidden_TD.shape[0]]
+    return dhidden_TD.reshape(hidden_BSD.shape), dembedding_VD.astype(dtype)
 
 
-def _summed_over_vocabulary(dhidden_TD: Array, split: VocabularySplit, dtype: Any) -> Array:
-    """The sum, rounded to dtype, on every device of the vocabulary.
+def _summed_shares(dhidden_TD: Array, split: VocabularySplit) -> Array:
+    """The sum over the devices of the vocabulary, of which each has a share of the tokens.
 
-    Each sums up its share of the tokens and sends it on rounded: less moves than by one sum of all,
-    and TPUs do both while something is computed, which a sum of all they do not.
+    Shares are rounded before they are sent on, so less moves than by one sum of all; and TPUs sum
+    up shares while something is computed, which a sum of all they do not.
     """
-    if dhidden_TD.shape[0] % lax.axis_size(split.vocab):
-        return lax.psum(dhidden_TD, split.vocab).astype(dtype)
-    own_TD = lax.psum_scatter(dhidden_TD, split.vocab, scatter_dimension=0, tiled=True)
-    return lax.all_gather(own_TD.astype(dtype), split.vocab, axis=0, tiled=True)
+    missing = -dhidden_TD.shape[0] % lax.axis_size(split.vocab)
+    filled_TD = jnp.pad(dhidden_TD, ((0, missing), (0, 0)))
+    return lax.psum_scatter(filled_TD, split.vocab, scatter_dimension=0, tiled=True)
 
 
 def _gathered(embedding_VD: Array, split: VocabularySplit) -> Array:
