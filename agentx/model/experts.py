@@ -111,13 +111,16 @@ def _through_experts(
     place_Tk = jnp.argsort(order_Q).reshape(expert_Tk.shape)
     sizes_E = jnp.sum(expert_Tk[..., None] == jnp.arange(num_experts), (0, 1), dtype=jnp.int32)
     # Behind the last group a chip may leave anything: cut off here, and its gradient there.
-    is_used_Q1 = jnp.arange(len(order_Q))[:, None] < jnp.sum(sizes_E)
+    row_Q1, end_E = jnp.arange(len(order_Q))[:, None], jnp.cumsum(sizes_E)
+    is_used_Q1 = row_Q1 < end_E[-1]
+    is_of_QE = (row_Q1 >= end_E - sizes_E) & (row_Q1 < end_E)
 
     def product(x_QI: Array, name: str) -> Array:
         y_QO = _product(x_QI, experts["w_" + name], sizes_E)
-        if "b_" + name in experts:  # as a product too: its gradient is a sum over each group
-            bias_E1O = experts["b_" + name][:, None]
-            y_QO += _product(jnp.ones_like(x_QI[:, :1]), bias_E1O, sizes_E)
+        # A plain product with ones and zeros: a ragged one, of one number a row, takes as much of
+        # a chip's time as one of 128, and is another kernel to compile both ways.
+        if "b_" + name in experts:
+            y_QO += jnp.dot(is_of_QE.astype(x_QI.dtype), experts["b_" + name])
         return jnp.where(is_used_Q1, y_QO, 0)
 
     x_QD = jnp.where(is_used_Q1, _spread(x_TD, order_Q, place_Tk), 0)
