@@ -8,7 +8,7 @@ norms, how a router chooses.
 
 import pytest
 
-SMALL = {"vocab_size": 1024, "d_model": 512, "d_ff": 512, "length": 2048}
+SMALL = {"vocab_size": 1024, "d_model": 256, "d_ff": 256, "length": 1024}
 SHAPES = {
     "gemma3-1b": {
         "num_layers": 2,
@@ -20,14 +20,14 @@ SHAPES = {
         "num_layers": 1,
         "num_heads": 8,
         "num_kv_heads": 1,
-        "d_model": 576,
+        "d_model": 320,
         "moe": {"num_experts": 8, "d_ff": 320},
     },
     "deepseek-v3-671b": {
         "num_layers": 1,
         "num_dense_layers": 0,
-        "num_heads": 4,
-        "num_kv_heads": 4,
+        "num_heads": 2,
+        "num_kv_heads": 2,
         "moe": {"num_experts": 32, "d_ff": 256, "shared_d_ff": 256},
     },
 }
