@@ -111,18 +111,24 @@ def _through_experts(
     place_Tk = jnp.argsort(order_Q).reshape(expert_Tk.shape)
     sizes_E = jnp.sum(expert_Tk[..., None] == jnp.arange(num_experts), (0, 1), dtype=jnp.int32)
     # Behind the last group a chip may leave anything: cut off here, and its gradient there.
-    is_used_Q1 = jnp.arange(len(order_Q))[:, None] < jnp.sum(sizes_E)
+    row_Q1, end_E = jnp.arange(len(order_Q))[:, None], jnp.cumsum(sizes_E)
+    is_used_Q1 = row_Q1 < end_E[-1]
+    is_of_QE = (row_Q1 >= end_E - sizes_E) & (row_Q1 < end_E)
 
     def product(x_QI: Array, name: str) -> Array:
         y_QO = _product(x_QI, experts["w_" + name], sizes_E)
-        if "b_" + name in experts:  # as a product too: its gradient is a sum over each group
-            bias_E1O = experts["b_" + name][:, None]
-            y_QO += _product(jnp.ones_like(x_QI[:, :1]), bias_E1O, sizes_E)
-        return jnp.where(is_used_Q1, y_QO, 0)
+        # A plain product with ones and zeros: a ragged one, of one number a row, takes as much of
+        # a chip's time as one of 128, and is another kernel to compile both ways.
+        if "b_" + name in experts:
+            y_QO += jnp.dot(is_of_QE.astype(x_QI.dtype), experts["b_" + name])
+        return _where(is_used_Q1, y_QO)
 
-    x_QD = jnp.where(is_used_Q1, _spread(x_TD, order_Q, place_Tk), 0)
+    # What lies between gate and result is made again: a way of `lax.cond` hands its backward pass
+    # all that it does not make again, and the other way as many zeros.
+    activated = jax.checkpoint(functools.partial(gated, activation), prevent_cse=False)
+    x_QD = _where(is_used_Q1, _spread(x_TD, order_Q, place_Tk))
     gate_QF, up_QF = keep(product(x_QD, "gate")), keep(product(x_QD, "up"))
-    return _collect(product(gated(activation, gate_QF, up_QF), "down"), order_Q, place_Tk)
+    return _collect(product(activated(gate_QF, up_QF), "down"), order_Q, place_Tk)
 
 
 @jax.custom_vjp
@@ -266,9 +272,45 @@ def _by_turns(
     return lax.scan(turn, jnp.zeros(x_TD.shape, dtype), devices)[0]
 
 
+@jax.custom_vjp
 def _weighted(out_TkD: Array, weight_Tk: Array) -> Array:
-    """The sum over a token's experts by their weights, [T, D], in f32 and always in one order."""
+    """The sum over a token's experts by their weights, [T, D], in f32 and always in one order.
+
+    Its backward pass keeps what went in; left to JAX, it would keep that in f32.
+    """
     return jnp.sum(out_TkD * weight_Tk[..., None], 1)
+
+
+def _weighted_forward(out_TkD, weight_Tk):
+    return _weighted(out_TkD, weight_Tk), (out_TkD, weight_Tk)
+
+
+def _weighted_backward(residuals, dy_TD):
+    out_TkD, weight_Tk = residuals
+    dout_TkD = dy_TD[:, None] * weight_Tk[..., None]
+    dweight_Tk = jnp.sum(dy_TD[:, None] * out_TkD, -1)
+    return dout_TkD.astype(out_TkD.dtype), dweight_Tk.astype(weight_Tk.dtype)
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
+@jax.custom_vjp
+def _where(is_used_Q1: Array, x_QI: Array) -> Array:
+    """x where it is used, else 0. Left to JAX, the backward pass would keep a bool for each number
+    of x, not for each row."""
+    return jnp.where(is_used_Q1, x_QI, 0)
+
+
+def _where_forward(is_used_Q1, x_QI):
+    return _where(is_used_Q1, x_QI), is_used_Q1
+
+
+def _where_backward(is_used_Q1, dy_QI):
+    return None, _where(is_used_Q1, dy_QI)
+
+
+_where.defvjp(_where_forward, _where_backward)
 
 
 def _gathered(w: Array, axes: tuple[str, ...]) -> Array:

@@ -18,6 +18,8 @@ from agentx_kernels import ahead
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".aot_cache"
+# What a program is made from besides the kernels and tests/aot, which all are.
+SOURCES = {"train_step": ("agentx/*.py", "agentx/model/*.py", "configs/models/*.gin")}
 
 
 def pytest_collection_modifyitems(items):
@@ -61,7 +63,7 @@ def remembered(needs_libtpu):
 def facts(remembered):
     """facts(program, **arguments): of a program of programs.py, compiled."""
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), *sys.path])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), *sys.path])
     process = None
 
     def start():
@@ -90,7 +92,9 @@ def facts(remembered):
 
     def compiled(program, **arguments):
         line = json.dumps({"program": program, **arguments}, sort_keys=True)
-        return remembered(line, lambda: ask(line))
+        files = [file for each in SOURCES.get(program, ()) for file in sorted(ROOT.glob(each))]
+        source = hashlib.sha256("".join(file.read_text() for file in files).encode()).hexdigest()
+        return remembered(f"{line} {source}" if files else line, lambda: ask(line))
 
     yield compiled
     if process is not None:

@@ -3,7 +3,7 @@
 A process of its own, for it loads libtpu. A line of JSON comes in, {"program": name of a function
 below, ...its arguments}; one goes out, {"facts": {...}} or {"error": what the compiler said}.
 
-A new program is a function here that returns what `compiled` does, and a test that asks for it.
+A new program is a function here that returns what `facts_of` does, and a test that asks for it.
 
 Legend: B rows, S tokens a row, N heads, K KV heads, H head size of q and k, Hv of v, D model,
 L layers, V vocabulary.
@@ -114,6 +114,13 @@ def layers(chip, topology, length, ulysses, ring):
     return compiled(gradient, chip, mesh, weights, x_BSD, layout_of(mesh, length))
 
 
+def train_step(chip, **arguments):
+    """The train step of a published shape, made smaller; arguments: see `steps.train_step`."""
+    from steps import train_step  # with all of agentx, which takes seconds: not for the others
+
+    return facts_of(train_step(chip, **arguments), chip)
+
+
 # --------------------------------------------------------------------------------------------------
 # Arrays that are not there
 # --------------------------------------------------------------------------------------------------
@@ -150,15 +157,27 @@ def layout_of(mesh, length):
 
 
 def compiled(f, chip, mesh, *arguments):
-    """The bytes that one device needs and has; what the compiled text says of its collectives."""
+    """The facts of a function of arrays that lie on a mesh."""
     options = compiler_options(hardware(chip))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         program = jax.jit(f).lower(*arguments).compile(compiler_options=options)
+    return facts_of(program, chip)
+
+
+def facts_of(program, chip):
+    """The bytes that one device needs and has; what the compiled text says of its kernels, how many
+    there are of each, and of its collectives."""
     memory = program.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
     facts = {"needed_bytes": needed, "hbm_bytes": hardware(chip).hbm_bytes}
-    return facts | {"collectives": collectives(program.as_text())}
+    text = program.as_text()
+    return facts | {"kernels": kernels(text), "collectives": collectives(text)}
+
+
+def kernels(text):
+    calls = re.findall(r'%([\w-]+)\S* = .*custom_call_target="tpu_custom_call"', text)
+    return {name: calls.count(name) for name in sorted(set(calls))}
 
 
 def collectives(text):
