@@ -34,9 +34,9 @@ from rich.console import Console
 from agentx.cli.config import load_config
 from agentx.cli.records import document_records, ending_records, rollout_records
 from agentx.cli.runs import load_run, prepare_run
-from agentx.data.build import trajectory_of
 from agentx.data.curate import text_of
 from agentx.data.formats import Conversation, read_documents
+from agentx.data.prepare import trajectory_of
 from agentx.data.store import TokenStore
 from agentx.env.tasks.library import LibraryTasks
 from agentx.env.tasks.recordings import RecordingConfig, record

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from agentx.data.build import BuildConfig, Input, build
+from agentx.data.build import build
 from agentx.data.formats import TextDocument, read_documents
 from agentx.data.objectives import (
     FillInTheMiddle,
@@ -35,6 +35,7 @@ from agentx.data.objectives import (
     ToolRename,
 )
 from agentx.data.pipeline import MixturePipeline, Source
+from agentx.data.prepare import BuildConfig, Input
 from agentx.data.store import TokenStore
 from agentx.tokenizer import Tokenizer
 from benchmarks import workload

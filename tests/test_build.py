@@ -14,8 +14,9 @@ import pytest
 from agentx.cli.config import load_config
 from agentx.cli.main import main
 from agentx.cli.registry import REGISTRY
-from agentx.data.build import BeamConfig, BuildConfig, Input, build, describe
+from agentx.data.build import build
 from agentx.data.curate import Decontaminate, Deduplicate, Length, MinReward
+from agentx.data.prepare import BeamConfig, BuildConfig, Input, describe
 from agentx.data.store import StoreWriter, TokenStore
 from agentx.tokenizer import Tokenizer
 
@@ -322,7 +323,8 @@ def test_a_killed_build_leaves_its_complete_shards_and_goes_on_behind_them(input
     given = config(inputs, shard_tokens=1, deduplicate=None)
     code = f"""
 import os, signal
-from agentx.data.build import *
+from agentx.data.build import build
+from agentx.data.prepare import *
 from agentx.data.curate import *
 build({given!r}, lambda seen, tokens: seen >= 30 and os.kill(os.getpid(), signal.SIGKILL))
 """

@@ -8,9 +8,9 @@ import time
 import pytest
 
 import agentx.data.parallel as parallel
-from agentx.data.build import Numbered
 from agentx.data.formats import Conversation, TextDocument, text_trajectory
 from agentx.data.parallel import encode_parallel
+from agentx.data.prepare import Numbered
 from agentx.tokenizer import Tokenizer
 from agentx.trajectory import Message, ToolCall
 

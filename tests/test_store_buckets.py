@@ -9,9 +9,10 @@ import pytest
 from emulators import BUCKET, gs_emulator, put, s3_emulator
 
 from agentx.data import storage as storage_module
-from agentx.data.build import BuildConfig, Input, build
+from agentx.data.build import build
 from agentx.data.objectives import NextToken
 from agentx.data.pipeline import MixturePipeline, Source
+from agentx.data.prepare import BuildConfig, Input
 from agentx.data.storage import Storage
 from agentx.data.store import StoreWriter, TokenStore
 from agentx.tokenizer import Tokenizer

@@ -6,7 +6,8 @@ import time
 
 import rich.console
 
-from agentx.data.build import BuildConfig, build
+from agentx.data.build import build
+from agentx.data.prepare import BuildConfig
 from agentx.data.store import TokenStore
 
 _SECONDS_BETWEEN_LINES = 2.0

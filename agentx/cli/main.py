@@ -454,7 +454,7 @@ def data_build(
     """
     from agentx.cli.config import load_config
     from agentx.cli.documents import build_store
-    from agentx.data.build import BuildConfig, Input, describe
+    from agentx.data.prepare import BuildConfig, Input, describe
 
     if paths[0].endswith(".gin"):
         options = (tokenizer, out, field, trace, format)

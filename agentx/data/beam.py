@@ -1,7 +1,7 @@
 """The same store, built on Apache Beam: on this machine, or on as many as a runner has.
 
 Enters: a `BuildConfig`. Leaves: the store that `build` leaves, byte for byte. Every function of a
-document is that of build.py; what is different is how documents meet:
+document is that of prepare.py; what is different is how documents meet:
 
 1. Each input is read by one worker, its documents numbered; then they are spread over all.
 2. Filters, signatures and tokens, a document at a time.
@@ -22,7 +22,9 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from agentx.data.build import (
+from agentx.data.curate import FilterCounts, Pair, evaluation_notes
+from agentx.data.formats import ReadCounts
+from agentx.data.prepare import (
     RENDERER,
     BeamConfig,
     BuildConfig,
@@ -37,8 +39,6 @@ from agentx.data.build import (
     shard_note,
     write_taken,
 )
-from agentx.data.curate import FilterCounts, Pair, evaluation_notes
-from agentx.data.formats import ReadCounts
 from agentx.data.shards import Entry, shard_columns, write_shard
 from agentx.data.storage import Storage, to_json
 from agentx.data.store import TokenStore

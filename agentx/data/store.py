@@ -3,7 +3,7 @@
     STORE/manifest.json          what is there; rewritten, in one step, after every shard
     STORE/shard-00000-HASH/      columns of its trajectories, see shards.py
     STORE/inputs.json            size and checksum of what it was made from, for whoever goes on
-    STORE/plans/  taken/         row plans (plan.py), and what filters left out (build.py)
+    STORE/plans/  taken/         row plans (plan.py), and what filters left out (prepare.py)
 
 A `StoreWriter` writes shard after shard: whatever stops it (a signal, a full disk, a lost network),
 the manifest names the shards that are complete, and a writer from the same inputs goes on behind
@@ -57,7 +57,7 @@ from agentx.trajectory import OUR_MARKERS, Markers, Outcome, Role, SpanTable, Tr
 
 _INPUTS = "inputs.json"
 _LOCK = "writer.lock"
-# What else is in a store: shards, row plans (plan.py), what filters left out (build.py), and what
+# What else is in a store: shards, row plans (plan.py), what filters left out (prepare.py), and what
 # workers of Beam leave (beam.py).
 _OURS = re.compile(
     r"shard-\d{5,}-[0-9a-f]{12}/.+|plans/[0-9a-f]{32}\.npz|taken/\d{5,}\.jsonl|"
