@@ -250,6 +250,23 @@ def test_short_sessions_of_a_model_of_long_rows_have_a_short_cache(max_length, s
     assert slots.column_sizes == sizes
 
 
+@pytest.mark.parametrize("max_length", [4, 13])
+def test_an_engine_of_very_short_sessions_samples_what_a_long_one_does(max_length):
+    """Also where a row has fewer columns left than are fed at once, in a later turn."""
+    played = []
+    for length in (max_length, LENGTH):
+        engine = make_engine(max_length=length, num_slots=4, stop_ids=())
+        [session] = engine.open(prompt(3)[: max_length // 3], [0])
+        engine.submit(session, [], 1)
+        [(_, first)] = run_until_done(engine, 1)
+        engine.submit(session, [11] * (max_length // 2 - 1), 1)
+        [(_, second)] = run_until_done(engine, 1)
+        played.append((session.ids, [*first.logprobs, *second.logprobs]))
+    (ids, logprobs), (long_ids, long_logprobs) = played
+    assert ids.tolist() == long_ids.tolist()
+    np.testing.assert_allclose(logprobs, long_logprobs, rtol=0, atol=1e-5)
+
+
 def test_nothing_is_compiled_after_the_warm_up():
     engine, others = fresh(), params(1)
     engine.warm_up()

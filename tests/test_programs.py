@@ -25,7 +25,7 @@ def run(separate: bool, mesh: MeshConfig, num_devices: int) -> dict[str, np.ndar
     devices = make_mesh(mesh, jax.devices()[:num_devices])
     model = abstract_transformer(CONFIG)
     params = jax.tree.map(lambda x: 2 * x, init_params(model, jax.random.key(0)))
-    programs = Programs(model, devices, (5, 6), separate=separate)
+    programs = Programs(model, devices, CONFIG.vocab_size, (5, 6), separate=separate)
     params = jax.device_put(params, programs.param_shardings)
     rng = np.random.default_rng(0)
     rows_R = np.array([3, 0, 5, 6], np.int32)

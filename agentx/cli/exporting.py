@@ -64,7 +64,7 @@ def check_transformers(quantize: str | None) -> None:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
                 f"--check loads the folder with transformers, and {name} is not installed: "
-                "pip install torch transformers, or leave --check out"
+                "pip install 'agentx[interop]', or leave --check out"
             )
 
 

@@ -98,9 +98,10 @@ class Slots:
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
         full = _round_up(num_slots, parts)
         self.row_sizes = _sizes(full, steps=(4, 2, 1), least=_round_up(8, parts), multiple=parts)
-        self.column_sizes = _column_sizes(max_length)
         self._feed_rows = min(full, _round_up(16, parts))
-        self._feed_length = min(512, max(16, 1 << (max_length // 8).bit_length() - 1))
+        # A power of two, about an eighth of a session.
+        self._feed_length = min(512, 1 << max(4, (max_length // 8).bit_length() - 1))
+        self.column_sizes = _column_sizes(max(max_length, self._feed_length))
         self._programs = _programs(config, mesh, vocab_size, stop_ids, lora)
         self._no_experts = np.zeros((0, *config.routing_shape), np.int32)
         self._seed = seed
