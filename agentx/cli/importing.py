@@ -103,7 +103,7 @@ def import_run(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return [f"{kind}, {num_bytes / 1e9:.2f} GB of {dtype}", said]
+    return [f"{kind}, {num_bytes / 1e6:,.0f} MB of {dtype}", said]
 
 
 def _open_gguf(
