@@ -75,13 +75,7 @@ def attention(
     config = block_config(hardware, q.shape[1]) if config is None else config
     if plan is None:
         plan = make_plan(layout, config=config, window=window, keys=keys)
-    made_for = plan.lengths, plan.config, plan.window
-    given = (q.shape[1], k.shape[1]), config, window
-    if made_for != given:
-        raise ValueError(
-            f"the plan was made for lengths, blocks and window {made_for}, not {given}: make one "
-            f"for these"
-        )
+    check_plan(plan, (q.shape[1], k.shape[1]), config, window)
     path.check(q, v, plan)
     o, lse = _attend(q, k, v, sinks, (layout, keys), plan, path)
     return (o, lse) if return_lse else o
@@ -116,8 +110,21 @@ def _attend_backward(path, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def check_plan(
+    plan: BlockPlan, lengths: tuple[int, int], config: BlockConfig, window: int | None
+) -> None:
+    """Raises ValueError where it was made for other lengths of queries and keys, or otherwise."""
+    made_for = plan.lengths, plan.config, plan.window
+    given = lengths, config, window
+    if made_for != given:
+        raise ValueError(
+            f"the plan was made for lengths, blocks and window {made_for}, not {given}: make one "
+            f"for these"
+        )
+
+
 def check_arrays(
-    q: Array,
+    q: Array | jax.ShapeDtypeStruct,
     k: Array,
     v: Array,
     sinks: Array | None,

@@ -3,8 +3,8 @@
 Rows and heads are independent. Where tokens are split too, what a device lacks can come to it in
 two ways, which go together:
 
-- Heads are exchanged for tokens (Ulysses, Jacobs et al., 2023): in groups of `Split.ulysses`
-  neighbours each device gives up heads and gets the whole group's tokens for those it keeps.
+- Heads are exchanged for tokens (ulysses.py): in groups of `Split.ulysses` neighbours each device
+  gives up heads and gets the whole group's tokens for those it keeps.
 - Between the groups keys and values are gathered, or they travel from group to group in a ring
   (ring.py), which holds those of two groups at a time and not of all.
 
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from agentx_kernels.attention import attention, check_arrays
+from agentx_kernels.attention import check_arrays, check_plan
 from agentx_kernels.blocks import block_config
 from agentx_kernels.hardware import Hardware
 from agentx_kernels.layout import TreeLayout
@@ -40,6 +40,7 @@ from agentx_kernels.paths import Path
 from agentx_kernels.plan import BlockPlan, make_plan
 from agentx_kernels.ring import Ring, ring_attention
 from agentx_kernels.scores import Scores
+from agentx_kernels.ulysses import HeadExchange, ulysses_attention
 
 Array = jax.Array
 Strategy = Literal["auto", "all_gather", "ulysses", "ring", "usp"]
@@ -198,95 +199,36 @@ def split_attention(
         queries: TreeLayout,
         keys: TreeLayout,
     ) -> Array:
-        if k.shape[2] % split.ulysses or q.shape[2] % split.ulysses:
-            raise ValueError(
-                f"{split.ulysses} devices cannot share {q.shape[2]} heads and {k.shape[2]} KV "
-                f"heads evenly: choose another split (context_parallel.choose_split)"
-            )
-        exchange = _Exchange(split, num_groups)
-        q, k, v = exchange.to_heads(q), exchange.to_heads(k), exchange.to_heads(v)
-        sinks = exchange.share(sinks)
-        if split.ring:
-            check_arrays(q, k, v, sinks, queries, keys)
-            path = Path(Scores(scale, softcap, window), hardware, interpret)
-            path.check(q, v, blocks)
-            o = ring_attention(q, k, v, sinks, queries, blocks, path, _ring(split, num_groups))
-        else:
+        exchange = HeadExchange(split.tokens, _groups(split, num_groups))
+        kept = exchange.kept(q)
+        k, v, sinks = exchange.to_heads(k), exchange.to_heads(v), exchange.share(sinks)
+        if not split.ring:
             places = _places(split, num_groups)
-            o = attention(
-                q,
-                _gathered(k, split.tokens, places),
-                _gathered(v, split.tokens, places),
-                layout=queries,
-                keys=keys,
-                plan=blocks,
-                config=blocks.config,
-                window=window,
-                softcap=softcap,
-                sinks=sinks,
-                scale=scale,
-                hardware=hardware,
-                interpret=interpret,
-            )
-        return exchange.to_tokens(o)
+            k, v = _gathered(k, split.tokens, places), _gathered(v, split.tokens, places)
+        check_arrays(kept, k, v, sinks, queries, keys)
+        check_plan(blocks, (kept.shape[1], k.shape[1]), blocks.config, window)
+        path = Path(Scores(scale, softcap, window), hardware, interpret)
+        path.check(kept, v, blocks)
+        if split.ring:
+            q = exchange.to_heads(q)
+            o = ring_attention(q, k, v, sinks, queries, blocks, path, _ring(split, num_groups))
+            return exchange.to_tokens(o)
+        return ulysses_attention(q, k, v, sinks, (queries, keys), blocks, path, exchange)
 
     in_specs = (heads, heads, heads, PartitionSpec(split.heads), blocks, tokens, tokens)
     arrays = plan.blocks, plan.queries, plan.keys
     return _on_mesh(attend, in_specs, heads)(q, k, v, sinks, *arrays)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Exchange:
-    """Of heads for tokens within a group, and back."""
-
-    split: Split
-    num_groups: int
-
-    def to_heads(self, x: Array) -> Array:
-        """[B, S, N, H] -> [B, S * ulysses, N / ulysses, H]."""
-        if self.split.ulysses == 1:
-            return x
-        B, S, N, H = x.shape
-        x_BNSH = x.swapaxes(1, 2).reshape(B, -1, N // self.split.ulysses, S, H)
-        x_BNSH = jnp.moveaxis(self._all_to_all(jnp.moveaxis(x_BNSH, 1, 0)), 0, 2)
-        return x_BNSH.reshape(B, x_BNSH.shape[1], -1, H).swapaxes(1, 2)
-
-    def to_tokens(self, x: Array) -> Array:
-        """The inverse."""
-        if self.split.ulysses == 1:
-            return x
-        B, S, N, H = x.shape
-        x_BNSH = x.swapaxes(1, 2).reshape(B, N, -1, S // self.split.ulysses, H)
-        x_BNSH = jnp.moveaxis(self._all_to_all(jnp.moveaxis(x_BNSH, 2, 0)), 0, 1)
-        return x_BNSH.reshape(B, -1, *x_BNSH.shape[3:]).swapaxes(1, 2)
-
-    def share(self, x: Array | None) -> Array | None:
-        """[N] -> [N / ulysses], of the heads that this device keeps."""
-        if x is None or self.split.ulysses == 1:
-            return x
-        size = x.shape[0] // self.split.ulysses
-        place = lax.axis_index(self.split.tokens) % self.split.ulysses
-        return lax.dynamic_slice_in_dim(x, place * size, size)
-
-    def _all_to_all(self, x: Array) -> Array:
-        """x[i] to device i of the group, and what came from there in its place.
-
-        The dim that is exchanged is the outermost, so what goes to one device lies in one piece and
-        as attention takes it. Left to XLA, heads were exchanged one row of 128 numbers at a time,
-        between copies, in programs that a million tokens took a minute and a half to compile.
-        """
-        groups = _groups(self.split, self.num_groups)
-        return lax.all_to_all(x, self.split.tokens, 0, 0, axis_index_groups=groups, tiled=True)
-
-
-def _groups(split: Split, num_groups: int) -> list[list[int]]:
+def _groups(split: Split, num_groups: int) -> tuple[tuple[int, ...], ...]:
     """The devices along the tokens, by group."""
-    return [[g * split.ulysses + i for i in range(split.ulysses)] for g in range(num_groups)]
+    size = split.ulysses
+    return tuple(tuple(range(g * size, (g + 1) * size)) for g in range(num_groups))
 
 
-def _places(split: Split, num_groups: int) -> list[list[int]]:
+def _places(split: Split, num_groups: int) -> tuple[tuple[int, ...], ...]:
     """Those of the same place in their groups: what gathers over all groups' tokens."""
-    return [list(place) for place in zip(*_groups(split, num_groups), strict=True)]
+    return tuple(zip(*_groups(split, num_groups), strict=True))
 
 
 def _ring(split: Split, num_groups: int) -> Ring:
@@ -295,7 +237,7 @@ def _ring(split: Split, num_groups: int) -> Ring:
     return Ring(split.tokens, following)
 
 
-def _gathered(x: Any, axis: str, groups: list[list[int]]) -> Any:
+def _gathered(x: Any, axis: str, groups: tuple[tuple[int, ...], ...]) -> Any:
     """Every [B, S, ...] of x with all devices' tokens."""
     if len(groups[0]) == 1:
         return x

@@ -34,7 +34,7 @@ class Path:
     def __post_init__(self) -> None:
         check_hardware(self.hardware)
 
-    def check(self, q: Array, v: Array, plan: BlockPlan) -> None:
+    def check(self, q: Array | jax.ShapeDtypeStruct, v: Array, plan: BlockPlan) -> None:
         """Raises ValueError for what the kernels of this hardware lack."""
         if self.hardware.platform == "tpu":
             _tpu().check(q, v, plan, self.hardware)
@@ -47,14 +47,16 @@ class Path:
         layouts: Layouts,
         plan: BlockPlan,
         sinks: Array | None,
+        after: Array | None = None,
     ) -> tuple[Array, Array]:
         """The output [B, S, N, Hv] and its log-sum-exp [B, S, N].
 
-        layouts: of the queries and of the keys.
+        layouts: of the queries and of the keys. after: any array; on TPU it is not read, but the
+          kernel starts when it is there, which tells the compiler what has to be moved before it.
         """
         if self.hardware.platform == "tpu":
             return _tpu().forward(
-                q, k, v, layouts, plan, sinks, self.scores, self.hardware, self.interpret
+                q, k, v, layouts, plan, sinks, self.scores, after, self.hardware, self.interpret
             )
         return xla.forward(q, k, v, layouts, plan, sinks, self.scores)
 
@@ -68,11 +70,15 @@ class Path:
         do: Array,
         lse: Array,
         delta: Array,
+        dtype: Any = None,
+        after: Array | None = None,
     ) -> tuple[Array, Array, Array]:
         """dq, dk and dv.
 
         lse, delta: [B, S, N], of the whole softmax, of which these keys may be a part. delta: the
-        sums of do * o, less the cotangent of lse.
+          sums of do * o, less the cotangent of lse.
+        dtype: of all three, where they are parts of sums; the types of q, k and v if None.
+        after: as for `forward`.
         """
         if self.hardware.platform == "tpu":
             return _tpu().backward(
@@ -85,10 +91,12 @@ class Path:
                 do,
                 lse,
                 delta,
+                dtype,
+                after,
                 self.hardware,
                 self.interpret,
             )
-        return xla.backward(q, k, v, layouts, plan, self.scores, do, lse, delta)
+        return xla.backward(q, k, v, layouts, plan, self.scores, do, lse, delta, dtype)
 
 
 def sink_gradient(sinks: Array | None, lse: Array, delta: Array) -> Array | None:

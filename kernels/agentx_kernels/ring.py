@@ -88,8 +88,9 @@ def _backward(path, ring, residuals, do):
 
     def gradients(moving: Any, plan: BlockPlan) -> tuple[Array, tuple[Array, Array]]:
         k, v, keys = moving
-        dq, dk, dv = path.backward(q, k, v, (layout, keys), plan, do, lse, delta)
-        return dq.astype(lse.dtype), (dk.astype(lse.dtype), dv.astype(lse.dtype))
+        layouts = layout, keys
+        dq, *dkv = path.backward(q, k, v, layouts, plan, do, lse, delta, lse.dtype)
+        return dq, tuple(dkv)
 
     def step(carry, plan):
         moving, total_dq, dkv = carry

@@ -21,7 +21,7 @@ and of keys.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,8 +112,9 @@ def backward(
     do_BSNH: Array,
     lse_BSN: Array,
     delta_BSN: Array,
+    dtype: Any = None,
 ) -> tuple[Array, Array, Array]:
-    """dq, dk and dv. delta: the sums of do * o, less the cotangent of lse."""
+    """dq, dk and dv, as `Path.backward` has them."""
     blocks = _cut(q_BSNH, k_BSKH, v_BSKH, layouts, plan)
     num_q, num_k = blocks.q_IBKRH.shape[0], blocks.k_JBKCH.shape[0]
     acc_dtype = accumulation_dtype(q_BSNH)
@@ -151,9 +152,9 @@ def backward(
 
     num_queries, num_keys = q_BSNH.shape[1], k_BSKH.shape[1]
     return (
-        _join_rows(dq_IBKRH, num_queries, q_BSNH.shape[2]).astype(q_BSNH.dtype),
-        _join_columns(dk_JBKHC, num_keys).astype(k_BSKH.dtype),
-        _join_columns(dv_JBKHC, num_keys).astype(v_BSKH.dtype),
+        _join_rows(dq_IBKRH, num_queries, q_BSNH.shape[2]).astype(dtype or q_BSNH.dtype),
+        _join_columns(dk_JBKHC, num_keys).astype(dtype or k_BSKH.dtype),
+        _join_columns(dv_JBKHC, num_keys).astype(dtype or v_BSKH.dtype),
     )
 
 

@@ -23,36 +23,35 @@ def test_attention_of_128k_tokens_compiles_and_fits_one_device(facts, chip, leng
     assert fits(facts("attention", chip=chip, length=length, **options))
 
 
+# An 8B model's layers; those of 1,024 for the chip whose memory holds no more of a million tokens.
+SMALL = {"size": 1024, "heads": 8, "kv_heads": 8}
+
+
 @pytest.mark.parametrize(
-    ("chip", "topology", "ulysses", "ring", "kinds"),
+    ("chip", "topology", "ulysses", "ring", "shape", "kinds"),
     [
-        ("v5e", "v5e:4x4", 1, True, {"collective-permute"}),
-        ("v5p", "v5p:4x4x4", 1, False, {"all-gather", "reduce-scatter"}),
-        ("v6e", "v6e:4x8", 8, False, {"all-to-all"}),
-        ("tpu7x", "tpu7x:4x4x4", 8, False, {"all-to-all"}),
+        ("v5e", "v5e:4x4", 1, True, SMALL, {"collective-permute"}),
+        ("v5p", "v5p:4x4x4", 1, False, {}, {"all-gather", "reduce-scatter"}),
+        ("v5p", "v5p:4x4x4", 8, False, {}, {"all-to-all"}),
+        ("v6e", "v6e:4x8", 8, False, {}, {"all-to-all"}),
+        ("tpu7x", "tpu7x:4x4x4", 8, False, {}, {"all-to-all"}),
     ],
 )
 def test_layers_of_a_million_tokens_fit_a_slice_and_move_data_while_they_compute(
-    facts, chip, topology, ulysses, ring, kinds
+    facts, chip, topology, ulysses, ring, shape, kinds
 ):
     """Each chip with another strategy for the tokens; weights are gathered and their gradients
-    summed up on all of them.
-
-    What heads are exchanged for should all be computed meanwhile, and is not: on v6e a quarter of
-    the exchanges has nothing beside it, on tpu7x half. The bounds hold what there is, so that it
-    gets no worse; they are not what is wanted.
-    """
-    least = 0.45 if chip == "tpu7x" else 0.5
+    summed up on all of them. Two thirds of what moves, and of each kind, have company."""
     split = {"ulysses": ulysses, "ring": ring}
-    compiled = facts("layers", chip=chip, topology=topology, length=2**20, **split)
+    compiled = facts("layers", chip=chip, topology=topology, length=2**20, **split, **shape)
     assert fits(compiled)
     collectives = compiled["collectives"]
     share = num_bytes(beside(collectives)) / num_bytes(collectives)
     print(f"{chip}: {100 * share:.0f} % of the bytes move while something is computed")
-    assert share > least, collectives
+    assert share > 2 / 3, collectives
     for kind in kinds:
         of_kind = [each for each in collectives if each["kind"] == kind]
-        assert num_bytes(beside(of_kind)) > num_bytes(of_kind) * least, of_kind
+        assert num_bytes(beside(of_kind)) > num_bytes(of_kind) * 2 / 3, of_kind
     if ring:  # what travels does so while attention is computed
         travels = [each for each in collectives if each["kind"] == "collective-permute"]
         attended = [each for each in travels if any("attention" in name for name in each["beside"])]

@@ -52,6 +52,7 @@ def forward(
     plan: BlockPlan,
     sinks: Array | None,
     scores: Scores,
+    after: Array | None,
     hardware: Hardware,
     interpret: Any,
 ) -> tuple[Array, Array]:
@@ -66,6 +67,7 @@ def forward(
         plan,
         sinks,
         _options(scores, plan.config.parts(hardware, q.shape[3])[0], hardware, interpret),
+        after,
     )
     lse = jnp.where(lse > LOWEST, lse / LOG2_E, -jnp.inf)
     return _from_heads(o, length), lse.swapaxes(1, 2)[:, :length]
@@ -81,10 +83,12 @@ def backward(
     do: Array,
     lse: Array,
     delta: Array,
+    dtype: Any,
+    after: Array | None,
     hardware: Hardware,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
-    """dq, dk and dv. delta: the sums of do * o, less the cotangent of lse."""
+    """dq, dk and dv, as `Path.backward` has them."""
     lse = jnp.maximum(lse * LOG2_E, LOWEST)
     dq, dk, dv = flash_backward.backward(
         _to_heads(q, plan.config.query),
@@ -96,8 +100,10 @@ def backward(
         _to_heads(lse[..., None], plan.config.query)[..., 0],
         _to_heads(delta[..., None], plan.config.query)[..., 0],
         _options(scores, plan.config.parts(hardware, q.shape[3])[1], hardware, interpret),
+        dtype,
+        after,
     )
-    dq = (dq * scores.scale).astype(q.dtype)
+    dq = (dq * scores.scale).astype(dtype or q.dtype)
     num_queries, num_keys = plan.lengths
     return _from_heads(dq, num_queries), _from_heads(dk, num_keys), _from_heads(dv, num_keys)
 

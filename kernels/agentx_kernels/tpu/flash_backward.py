@@ -46,11 +46,14 @@ def backward(
     lse: Array,
     delta: Array,
     options: Options,
+    dtype: Any,
+    after: Array | None,
 ) -> tuple[Array, Array, Array]:
-    """dq f32[B, N, S, H], dk [B, K, S, H] and dv [B, K, S, Hv] in the types of k and v.
+    """dq f32[B, N, S, H], dk [B, K, S, H] and dv [B, K, S, Hv], these two in dtype.
 
     q, k, v and tokens: as for `flash_forward.forward`. do: [B, N, S, Hv]. lse: f32[B, N, S], in
-    base 2. delta: f32[B, N, S], the sum of do * o, less the cotangent of lse.
+    base 2. delta: f32[B, N, S], the sum of do * o, less the cotangent of lse. dtype: those of k
+    and v if None. after: any array or None; it is not read, but the kernel starts when it is there.
     """
     batch, heads, _, size = q.shape
     kv_heads, length, value_size = v.shape[1:]
@@ -66,12 +69,18 @@ def backward(
     zeros = jnp.zeros(q.shape, jnp.float32)
     sums = jnp.stack([lse, delta], 2)
     inputs = [k, v, key_tokens, q, do, sums, query_tokens, zeros]
+    unread = [] if after is None else [after]
     return pl.pallas_call(
-        functools.partial(_backward_kernel, groups=heads // kv_heads, options=options),
+        functools.partial(
+            _backward_kernel,
+            groups=heads // kv_heads,
+            num_unread=len(unread),
+            options=options,
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(batch, kv_heads, length // block_k),
-            in_specs=[rows(size), rows(value_size), own, *[whole] * 5],
+            in_specs=[rows(size), rows(value_size), own, *[whole] * (5 + len(unread))],
             out_specs=[whole, rows(size), rows(value_size)],
             scratch_shapes=[
                 pltpu.VMEM((2, block_q, size), q.dtype),
@@ -88,8 +97,8 @@ def backward(
         ),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, jnp.float32),
-            jax.ShapeDtypeStruct(k.shape, k.dtype),
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            jax.ShapeDtypeStruct(k.shape, dtype or k.dtype),
+            jax.ShapeDtypeStruct(v.shape, dtype or v.dtype),
         ],
         input_output_aliases={len(scalars) + len(inputs) - 1: 0},
         name="attention_backward",
@@ -98,16 +107,16 @@ def backward(
             vmem_limit_bytes=options.vmem_limit,
         ),
         interpret=options.interpret,
-    )(*scalars, *inputs)
+    )(*scalars, *inputs, *unread)
 
 
-def _backward_kernel(*refs: Any, groups: int, options: Options) -> None:
+def _backward_kernel(*refs: Any, groups: int, num_unread: int, options: Options) -> None:
     window, part = options.scores.window, options.part
     num_q, num_k = len(QueryBlocks._fields), len(KeyBlocks._fields)
     queries, keys = QueryBlocks(*refs[:num_q]), KeyBlocks(*refs[num_q : num_q + num_k])
     k_ref, v_ref, own_ref, q_hbm, do_hbm, sums_hbm, tokens_hbm = refs[num_q + num_k :][:7]
     dq_hbm, dk_ref, dv_ref, *scratch = refs[
-        num_q + num_k + 8 :
+        num_q + num_k + 8 + num_unread :
     ]  # behind the zeros that dq begins as
     q_buffer, do_buffer, sums_buffer, t_buffer, dq_buffer, arrived, stored, *scratch = scratch
     own, dk_acc, dv_acc = scratch

@@ -47,12 +47,14 @@ def forward(
     plan: BlockPlan,
     sinks: Array,
     options: Options,
+    after: Array | None,
 ) -> tuple[Array, Array]:
     """The output [B, N, S, Hv] and its log-sum-exp f32[B, N, S], in base 2; LOWEST if none is seen.
 
     q: [B, N, S, H]; k: [B, K, S, H]; v: [B, K, S, Hv]; lengths in whole blocks.
     query_tokens: i32[B, 2, S], index and depth. key_tokens: i32[B, 3, S], and subtree end.
     sinks: f32[N], -inf where there is none.
+    after: any array or None; it is not read, but the kernel starts when it is there.
     """
     batch, heads, length, size = q.shape
     value_size = v.shape[3]
@@ -64,7 +66,13 @@ def forward(
         return pl.BlockSpec((1, 1, block_q, width), lambda b, n, i, *_: (b, n, i, 0))
 
     scalars = [*plan.queries, *plan.keys, sinks]
-    kernel = functools.partial(_forward_kernel, groups=heads // k.shape[1], options=options)
+    unread = [] if after is None else [after]
+    kernel = functools.partial(
+        _forward_kernel,
+        groups=heads // k.shape[1],
+        num_unread=len(unread),
+        options=options,
+    )
     o, lse = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -76,6 +84,7 @@ def forward(
                 whole,
                 whole,
                 whole,
+                *[whole] * len(unread),
             ],
             out_specs=[
                 rows(value_size),
@@ -103,17 +112,16 @@ def forward(
             vmem_limit_bytes=options.vmem_limit,
         ),
         interpret=options.interpret,
-    )(*scalars, q, query_tokens, key_tokens, k, v)
+    )(*scalars, q, query_tokens, key_tokens, k, v, *unread)
     return o, lse[:, :, 0]
 
 
-def _forward_kernel(*refs: Any, groups: int, options: Options) -> None:
+def _forward_kernel(*refs: Any, groups: int, num_unread: int, options: Options) -> None:
     window, part = options.scores.window, options.part
     num_q, num_k = len(QueryBlocks._fields), len(KeyBlocks._fields)
     queries, keys = QueryBlocks(*refs[:num_q]), KeyBlocks(*refs[num_q : num_q + num_k])
-    sinks, q_ref, own_ref, tokens_hbm, k_hbm, v_hbm, o_ref, lse_ref, *scratch = refs[
-        num_q + num_k :
-    ]
+    sinks, q_ref, own_ref, tokens_hbm, k_hbm, v_hbm = refs[num_q + num_k :][:6]
+    o_ref, lse_ref, *scratch = refs[num_q + num_k + 6 + num_unread :]
     k_buffer, v_buffer, t_buffer, arrived, slot_ref, own, m_ref, l_ref, acc_ref = scratch
     b, n, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     kv_head = lax.div(n, groups)
