@@ -92,8 +92,8 @@ _BY_SPARSE_CORES = {
     "xla_sc_disable_megacore_partitioning": True,
     "xla_sc_enable_instruction_fusion": False,
 }
-# Sparse cores exchange heads as well. Of all bytes that two layers of an 8B model move, 86 % then do
-# so beside computation on tpu7x and 37 without; on v6e 67 and 73, on v5p 57 and 80.
+# Sparse cores exchange heads as well: on tpu7x less than half of what moves has computation beside
+# it without, on the others more than with (docs/log.md).
 _EXCHANGE = "xla_tpu_enable_sparse_core_collective_offload_dense_all_to_all"
 
 

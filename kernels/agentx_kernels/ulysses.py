@@ -3,8 +3,8 @@
 In a group of neighbours each device gives up heads and gets the whole group's tokens for those that
 it keeps. It attends from them in parts, a few heads at a time. What one part gives, its output and
 on the way back the gradient of its queries, travels while the next part is computed; what comes in
-arrives in one piece, beside the projections before it. Every part but the first two starts when the
-output of the part before last has arrived, for left to itself XLA for TPU computes all parts first
+arrives in one piece, beside the projections before it. Every part but the first two starts when
+what the part before last gave has arrived, for left to itself XLA for TPU computes all parts first
 and moves everything after.
 
 Legend: B rows, S tokens of one device, T of all keys, N heads, K KV heads, H and Hv head sizes.
@@ -136,6 +136,8 @@ def _backward(path, exchange, residuals, do):
     q, k, v, sinks, layouts, plan, outputs, lses = residuals
     num_parts = len(outputs)
     queries = jnp.split(q, num_parts, 2)
+    # Of keys that several parts attend to, the gradient is a sum that is rounded once.
+    dtype = lses[0].dtype if num_parts > k.shape[2] else None
     cotangents = jnp.split(exchange.to_heads(do), num_parts, 2)
     arrived: list[Array] = []
     dks, dvs, deltas = [], [], []
@@ -144,7 +146,7 @@ def _backward(path, exchange, residuals, do):
         do, o, lse = cotangents[i], outputs[i], lses[i]
         delta = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1)
         after = arrived[i - 2] if i >= 2 else None
-        dq, dk, dv = path.backward(*own, layouts, plan, do, lse, delta, lse.dtype, after)
+        dq, dk, dv = path.backward(*own, layouts, plan, do, lse, delta, dtype, after)
         arrived.append(exchange.to_tokens(dq.astype(q.dtype)))
         dks.append(dk)
         dvs.append(dv)

@@ -84,8 +84,8 @@ def logprobs(chip, topology, length, size, vocab_size, context=1, tensor=1, dtyp
 
 def layers(chip, topology, length, ulysses, ring, size=4096, heads=32, kv_heads=8):
     """Two scanned layers of attention forward and backward, weights split over all devices and
-    tokens over 8: there is something to compute while each array is on its way. By default the shape
-    of an 8B model's."""
+    tokens over 8: there is something to compute while each array is on its way. By default of the
+    shape of an 8B model's."""
     mesh = mesh_of(topology, 1, 8)
     split = dataclasses.replace(SPLIT, ulysses=ulysses, ring=ring)
     D, N, K, H, L = size, heads, kv_heads, 128, 2
