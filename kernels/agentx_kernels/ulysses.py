@@ -58,10 +58,10 @@ class HeadExchange:
         """[B, S, N, H] -> [B, S * size, N / size, H]."""
         if self.size == 1:
             return x
-        B, S, N, H = x.shape
-        x_BNSH = x.swapaxes(1, 2).reshape(B, self.size, N // self.size, S, H)
+        B, _, kept, H = self.kept(x).shape
+        x_BNSH = x.swapaxes(1, 2).reshape(B, self.size, kept, -1, H)
         x_BNSH = jnp.moveaxis(self._all_to_all(jnp.moveaxis(x_BNSH, 1, 0)), 0, 2)
-        return x_BNSH.reshape(B, N // self.size, -1, H).swapaxes(1, 2)
+        return x_BNSH.reshape(B, kept, -1, H).swapaxes(1, 2)
 
     def to_tokens(self, x: Array) -> Array:
         """The inverse."""

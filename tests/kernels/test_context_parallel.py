@@ -117,6 +117,19 @@ def compare(on, layout, given, how, arrays, tolerance=0):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=2e-6 * scale, err_msg=name)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 3), (9, 3)])
+def test_heads_that_a_group_cannot_share_are_refused(heads, kv_heads):
+    layout, given = CASES["packed"]
+    with pytest.raises(ValueError, match=f"2 devices cannot share [{heads}{kv_heads}] heads"):
+        compare(
+            {"hardware": hardware("cpu")},
+            layout,
+            given,
+            SPLITS["groups of two, gathered"],
+            inputs(8, heads, kv_heads),
+        )
+
+
 MEMORY = hardware("v5p").hbm_bytes
 
 
