@@ -38,7 +38,7 @@ from agentx_kernels.hardware import Hardware
 from agentx_kernels.layout import TreeLayout
 from agentx_kernels.paths import Path
 from agentx_kernels.plan import BlockPlan, make_plan
-from agentx_kernels.ring import Ring, ring_attention
+from agentx_kernels.ring import Ring, RingPath
 from agentx_kernels.scores import Scores
 from agentx_kernels.ulysses import HeadExchange, ulysses_attention
 
@@ -209,11 +209,8 @@ def split_attention(
         check_plan(blocks, (kept.shape[1], k.shape[1]), blocks.config, window)
         path = Path(Scores(scale, softcap, window), hardware, interpret)
         path.check(kept, v, blocks)
-        if split.ring:
-            q = exchange.to_heads(q)
-            o = ring_attention(q, k, v, sinks, queries, blocks, path, _ring(split, num_groups))
-            return exchange.to_tokens(o)
-        return ulysses_attention(q, k, v, sinks, (queries, keys), blocks, path, exchange)
+        how = RingPath(path, _ring(split, num_groups)) if split.ring else path
+        return ulysses_attention(q, k, v, sinks, (queries, keys), blocks, how, exchange)
 
     in_specs = (heads, heads, heads, PartitionSpec(split.heads), blocks, tokens, tokens)
     arrays = plan.blocks, plan.queries, plan.keys

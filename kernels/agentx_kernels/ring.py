@@ -14,15 +14,14 @@ Legend: B rows, S tokens of one device, N heads, K KV heads, H and Hv head sizes
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from agentx_kernels.layout import TreeLayout
-from agentx_kernels.paths import Path, sink_gradient
+from agentx_kernels.hardware import Hardware
+from agentx_kernels.paths import Layouts, Path
 from agentx_kernels.plan import BlockPlan
 
 Array = jax.Array
@@ -40,76 +39,97 @@ class Ring:
         return jax.tree.map(lambda a: lax.ppermute(a, self.axis, self.following), x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def ring_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    sinks: Array | None,
-    layout: TreeLayout,
-    plans: BlockPlan,
-    path: Path,
-    ring: Ring,
-) -> Array:
-    """[B, S, N, Hv]: each device's queries over the keys of all of its ring. Inside a shard_map.
+@dataclasses.dataclass(frozen=True)
+class RingPath:
+    """What a Path gives, of keys that travel. Inside a shard_map, each device's queries and keys.
 
-    q: [B, S, N, H]; k: [B, S, K, H]; v: [B, S, K, Hv]; sinks: [N]; layout: of the device's tokens.
-    plans: every array with a leading axis R: entry t is of the device's queries against the keys of
-      the t-th device before it in the ring.
+    Both take the arguments of a Path's, but of keys, values and their layout each device has a
+    part, and plans have a leading axis R: entry t is of the device's queries against the keys of
+    the t-th device before it in the ring.
     """
-    return _forward(q, k, v, sinks, layout, plans, path, ring)[0]
 
+    path: Path
+    ring: Ring
 
-def _forward(q, k, v, sinks, layout, plans, path, ring):
-    def attend(moving: Any, plan: BlockPlan, sinks: Array | None) -> tuple[Array, Array]:
-        k, v, keys = moving
-        return path.forward(q, k, v, (layout, keys), plan, sinks)
+    @property
+    def hardware(self) -> Hardware:
+        return self.path.hardware
 
-    def step(carry, plan):
-        moving, so_far = carry
-        arriving = ring.pass_on(moving)
-        return (arriving, _merged(so_far, attend(moving, plan, None))), None
+    def forward(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        layouts: Layouts,
+        plans: BlockPlan,
+        sinks: Array | None,
+        after: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """As `Path.forward`. after: waited for before the last turn."""
+        queries, keys = layouts
 
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    heads = q.shape[:3]
-    nothing = jnp.zeros((*heads, v.shape[3]), dtype), jnp.full(heads, -jnp.inf, dtype)
-    (moving, so_far), _ = lax.scan(
-        step, ((k, v, layout), nothing), jax.tree.map(lambda x: x[:-1], plans)
-    )
-    last = jax.tree.map(lambda x: x[-1], plans)
-    o, lse = _merged(so_far, attend(moving, last, sinks))
-    o = o.astype(v.dtype)
-    return o, (q, k, v, sinks, layout, plans, o, lse)
+        def attend(moving: Any, plan: BlockPlan, **last: Any) -> tuple[Array, Array]:
+            k, v, keys = moving
+            return self.path.forward(q, k, v, (queries, keys), plan, **({"sinks": None} | last))
 
+        def step(carry: Any, plan: BlockPlan) -> tuple[Any, None]:
+            moving, so_far = carry
+            arriving = self.ring.pass_on(moving)
+            return (arriving, _merged(so_far, attend(moving, plan))), None
 
-def _backward(path, ring, residuals, do):
-    q, k, v, sinks, layout, plans, o, lse = residuals
-    delta = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1)
+        dtype = jnp.promote_types(q.dtype, jnp.float32)
+        heads = q.shape[:3]
+        nothing = jnp.zeros((*heads, v.shape[3]), dtype), jnp.full(heads, -jnp.inf, dtype)
+        (moving, so_far), _ = lax.scan(
+            step, ((k, v, keys), nothing), jax.tree.map(lambda x: x[:-1], plans)
+        )
+        last = attend(moving, jax.tree.map(lambda x: x[-1], plans), sinks=sinks, after=after)
+        o, lse = _merged(so_far, last)
+        return o.astype(v.dtype), lse
 
-    def gradients(moving: Any, plan: BlockPlan) -> tuple[Array, tuple[Array, Array]]:
-        k, v, keys = moving
-        layouts = layout, keys
-        dq, *dkv = path.backward(q, k, v, layouts, plan, do, lse, delta, lse.dtype)
-        return dq, tuple(dkv)
+    def backward(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        layouts: Layouts,
+        plans: BlockPlan,
+        do: Array,
+        lse: Array,
+        delta: Array,
+        dtype: Any = None,
+        after: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """As `Path.backward`. after: waited for before the first turn."""
+        queries, keys = layouts
 
-    def step(carry, plan):
-        moving, total_dq, dkv = carry
-        arriving = ring.pass_on(moving)
-        # Of the keys that this device now works on, summed by the devices before it.
-        before = ring.pass_on(dkv)
-        dq, own = gradients(moving, plan)
-        return (arriving, total_dq + dq, jax.tree.map(jnp.add, before, own)), None
+        def gradients(
+            moving: Any, plan: BlockPlan, after: Array | None = None
+        ) -> tuple[Array, tuple[Array, Array]]:
+            k, v, keys = moving
+            dq, dk, dv = self.path.backward(
+                q, k, v, (queries, keys), plan, do, lse, delta, lse.dtype, after
+            )
+            return dq, (dk, dv)
 
-    moving = k, v, layout
-    arriving = ring.pass_on(moving)
-    dq, dkv = gradients(moving, jax.tree.map(lambda x: x[0], plans))
-    (_, dq, dkv), _ = lax.scan(step, (arriving, dq, dkv), jax.tree.map(lambda x: x[1:], plans))
-    dk, dv = ring.pass_on(dkv)
-    dsinks = sink_gradient(sinks, lse, delta)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dsinks, None, None
+        def step(carry: Any, plan: BlockPlan) -> tuple[Any, None]:
+            moving, total_dq, dkv = carry
+            arriving = self.ring.pass_on(moving)
+            # Of the keys that this device now works on, summed by the devices before it.
+            before = self.ring.pass_on(dkv)
+            dq, own = gradients(moving, plan)
+            return (arriving, total_dq + dq, jax.tree.map(jnp.add, before, own)), None
 
-
-ring_attention.defvjp(_forward, _backward)
+        moving = k, v, keys
+        arriving = self.ring.pass_on(moving)
+        dq, dkv = gradients(moving, jax.tree.map(lambda x: x[0], plans), after)
+        (_, dq, dkv), _ = lax.scan(step, (arriving, dq, dkv), jax.tree.map(lambda x: x[1:], plans))
+        dk, dv = self.ring.pass_on(dkv)
+        return (
+            dq.astype(dtype or q.dtype),
+            dk.astype(dtype or k.dtype),
+            dv.astype(dtype or v.dtype),
+        )
 
 
 def _merged(x: tuple[Array, Array], y: tuple[Array, Array]) -> tuple[Array, Array]:

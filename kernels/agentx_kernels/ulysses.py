@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from agentx_kernels.hardware import Hardware
 from agentx_kernels.paths import Layouts, Path, sink_gradient
 from agentx_kernels.plan import BlockPlan
+from agentx_kernels.ring import RingPath
 
 Array = jax.Array
 
@@ -104,20 +104,20 @@ def ulysses_attention(
     sinks: Array | None,
     layouts: Layouts,
     plan: BlockPlan,
-    path: Path,
+    path: Path | RingPath,
     exchange: HeadExchange,
 ) -> Array:
     """[B, S, N, Hv]: of one device's tokens and all heads, both ways. Inside a shard_map.
 
     q: [B, S, N, H], of the same; k: [B, T, K, H]; v: [B, T, K, Hv]; sinks: [N / size]: of the heads
-      that the device keeps. layouts, plan: of the group's tokens, and of the keys.
+      that the device keeps. layouts, plan: of the group's tokens and of the keys, as path has them.
     """
     return _forward(q, k, v, sinks, layouts, plan, path, exchange)[0]
 
 
 def _forward(q, k, v, sinks, layouts, plan, path, exchange):
     q = exchange.to_heads(q)
-    num_parts = _num_parts(q, k, path.hardware) if exchange.size > 1 else 1
+    num_parts = _num_parts(q, k, path) if exchange.size > 1 else 1
     queries = jnp.split(q, num_parts, 2)
     shares = [None] * num_parts if sinks is None else jnp.split(sinks, num_parts)
     arrived: list[Array] = []
@@ -158,16 +158,18 @@ def _backward(path, exchange, residuals, do):
 ulysses_attention.defvjp(_forward, _backward)
 
 
-def _num_parts(q: Array, k: Array, hardware: Hardware) -> int:
+def _num_parts(q: Array, k: Array, path: Path | RingPath) -> int:
     """Of the heads that a device keeps: the most in which each has KV heads or shares of one.
 
-    Each part gives all of a device's tensor cores heads to attend from, for they share them.
+    Each part gives all of a device's tensor cores heads to attend from, for they share them. In a
+    ring no part shares a KV head, which would travel with each.
     """
     rows, _, heads, _ = q.shape
     kv_heads = k.shape[2]
-    most = min(_MOST_PARTS, max(1, rows * heads // hardware.tensor_cores))
-    divides = [n for n in range(1, most + 1) if heads % n == 0]
-    return max(n for n in divides if kv_heads % n == 0 or n % kv_heads == 0)
+    most = min(_MOST_PARTS, max(1, rows * heads // path.hardware.tensor_cores))
+    own = [n for n in range(1, most + 1) if kv_heads % n == 0]
+    shared = [n for n in range(1, most + 1) if heads % n == 0 == n % kv_heads]
+    return max(own if isinstance(path, RingPath) else own + shared)
 
 
 def _of_part(x: Array, i: int, num_parts: int) -> Array:
