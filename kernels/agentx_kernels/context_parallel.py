@@ -40,7 +40,7 @@ from agentx_kernels.paths import Path
 from agentx_kernels.plan import BlockPlan, make_plan
 from agentx_kernels.ring import Ring, RingPath
 from agentx_kernels.scores import Scores
-from agentx_kernels.ulysses import HeadExchange, ulysses_attention
+from agentx_kernels.ulysses import HeadExchange, attention_in_parts
 
 Array = jax.Array
 Strategy = Literal["auto", "all_gather", "ulysses", "ring", "usp"]
@@ -210,7 +210,7 @@ def split_attention(
         path = Path(Scores(scale, softcap, window), hardware, interpret)
         path.check(kept, v, blocks)
         how = RingPath(path, _ring(split, num_groups)) if split.ring else path
-        return ulysses_attention(q, k, v, sinks, (queries, keys), blocks, how, exchange)
+        return attention_in_parts(q, k, v, sinks, (queries, keys), blocks, how, exchange)
 
     in_specs = (heads, heads, heads, PartitionSpec(split.heads), blocks, tokens, tokens)
     arrays = plan.blocks, plan.queries, plan.keys

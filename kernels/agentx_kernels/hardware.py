@@ -92,8 +92,8 @@ _BY_SPARSE_CORES = {
     "xla_sc_disable_megacore_partitioning": True,
     "xla_sc_enable_instruction_fusion": False,
 }
-# Sparse cores exchange heads as well: on tpu7x less than half of what moves has computation beside
-# it without, on the others more than with (docs/log.md).
+# On tpu7x less than half of what moves has computation beside it unless sparse cores exchange heads
+# as well; on v5p and v6e more has where they do not (docs/log.md).
 _EXCHANGE = "xla_tpu_enable_sparse_core_collective_offload_dense_all_to_all"
 
 

@@ -97,7 +97,7 @@ class HeadExchange:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def ulysses_attention(
+def attention_in_parts(
     q: Array,
     k: Array,
     v: Array,
@@ -155,7 +155,7 @@ def _backward(path, exchange, residuals, do):
     return exchange.joined(arrived), _summed(dks, k), _summed(dvs, v), dsinks, None, None
 
 
-ulysses_attention.defvjp(_forward, _backward)
+attention_in_parts.defvjp(_forward, _backward)
 
 
 def _num_parts(q: Array, k: Array, path: Path | RingPath) -> int:

@@ -41,7 +41,7 @@ def test_layers_of_a_million_tokens_fit_a_slice_and_move_data_while_they_compute
     facts, chip, topology, ulysses, ring, shape, kinds
 ):
     """Each chip with another strategy for the tokens; weights are gathered and their gradients
-    summed up on all of them. Two thirds of what moves, and of each kind, have company."""
+    summed up on all of them. Two thirds of all that moves have company, and of what is named."""
     split = {"ulysses": ulysses, "ring": ring}
     compiled = facts("layers", chip=chip, topology=topology, length=2**20, **split, **shape)
     assert fits(compiled)
