@@ -7,7 +7,7 @@ the embedding itself. There are two paths: Pallas kernels on TPU (tpu/logprob.py
 
 Over a mesh each device works on its tokens and its part of the vocabulary; then maxima, sums and
 the gradients of hidden go once over the devices of the vocabulary, the gradient of the embedding
-once over those of the tokens.
+once over those of the tokens, in pieces that travel while others are computed.
 
 Legend: B rows, S tokens a row, T = B S, D model, V vocabulary.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +28,14 @@ from jax.sharding import PartitionSpec
 
 from agentx_kernels import logprob_xla
 from agentx_kernels.hardware import Hardware, check_hardware
+from agentx_kernels.in_turn import in_turn
 from agentx_kernels.logits import LogitBlocks
 
 Array = jax.Array
+
+# The embedding's gradient is computed in so many parts where it is summed over devices: that of the
+# last has nothing to travel beside.
+_NUM_PARTS = 8
 
 # How an array of `_on_devices` lies: over rows and tokens, or as the embedding.
 TOKENS, EMBEDDING = "tokens", "embedding"
@@ -119,19 +125,31 @@ class _Path:
         blocks = self.blocks or logprob_xla.BLOCKS
         return logprob_xla.forward(hidden, embedding, *tokens, softcap=self.softcap, blocks=blocks)
 
-    def backward(self, hidden: Array, embedding: Array, *tokens: Array) -> tuple[Array, Array]:
-        """tokens: targets, inverse temperatures, maxima, 1 / sums and the log-probabilities'
-        cotangents."""
+    def backward(
+        self, hidden: Array, embedding: Array, *tokens: Array, num_pieces: int
+    ) -> tuple[Array, list[Callable[[Array], Array]]]:
+        """The gradient of hidden, and that of the embedding in pieces, as `in_turn` takes them.
+
+        tokens: targets, inverse temperatures, maxima, 1 / sums and the log-probabilities'
+        cotangents. XLA computes both gradients at once, so there it is one piece.
+        """
         if self.hardware.platform == "tpu":
+            # In f32 if still to be summed.
+            dtype = hidden.dtype if self.split is None else jnp.float32
+            given = self._compiled()
             return _tpu().backward(
-                hidden,
-                embedding,
-                *tokens,
-                given=self._compiled(),
-                dtype=hidden.dtype if self.split is None else jnp.float32,  # if still to be summed
+                hidden, embedding, *tokens, given=given, dtype=dtype, num_pieces=num_pieces
             )
         blocks = self.blocks or logprob_xla.BLOCKS
-        return logprob_xla.backward(hidden, embedding, *tokens, softcap=self.softcap, blocks=blocks)
+        dhidden, dembedding = logprob_xla.backward(
+            hidden, embedding, *tokens, softcap=self.softcap, blocks=blocks
+        )
+        return dhidden, [lambda _: dembedding]
+
+    def delayed(self, x: Array, until: Array) -> Array:
+        from agentx_kernels.tpu.delayed import delayed  # as `_tpu`
+
+        return delayed(x, until, self.interpret)
 
     def _compiled(self) -> Any:
         return _tpu().Compiled(self.softcap, self.hardware, self.blocks, self.interpret)
@@ -238,22 +256,42 @@ def _gradients(
         targets_BS = targets_BS - _offset(embedding_VD, split)
     hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
     flat_T = (x.reshape(-1) for x in (targets_BS, *tokens_BS))
-    dhidden_TD, dembedding_VD = path.backward(hidden_TD, embedding_VD, *flat_T)
-    if split is not None:
-        dhidden_TD = _summed_shares(dhidden_TD, split)
+    sums = [] if split is None else _sums(split)
+    num_pieces = max(1, _NUM_PARTS * len(sums))
+    of_hidden_TD, pieces = path.backward(hidden_TD, embedding_VD, *flat_T, num_pieces=num_pieces)
     # The layers' backward pass waits for dhidden alone. Left until after it, the embedding's
     # gradient would keep hidden states and the gathered embedding in memory all that while.
-    dhidden_TD, dembedding_VD = lax.optimization_barrier((dhidden_TD, dembedding_VD))
+    dembedding_VD, dhidden_TD = in_turn(
+        pieces,
+        sums,
+        after=of_hidden_TD,
+        held=of_hidden_TD if split is None else _summed_shares(of_hidden_TD, split),
+        delayed=path.delayed,
+    )
     dhidden_TD = dhidden_TD.astype(dtype)
     if split is not None:
         dhidden_TD = lax.all_gather(dhidden_TD, split.vocab, axis=0, tiled=True)
-        others = [axis for axis in (*split.rows, split.tokens) if axis not in split.embed]
-        dembedding_VD = lax.psum_scatter(
-            dembedding_VD, split.embed, scatter_dimension=1, tiled=True
-        )
-        dembedding_VD = lax.psum(dembedding_VD, others)
     dhidden_TD = dhidden_TD[: hidden_TD.shape[0]]
     return dhidden_TD.reshape(hidden_BSD.shape), dembedding_VD.astype(dtype)
+
+
+def _sums(split: VocabularySplit) -> list[Callable[[Array], Array]]:
+    """The sum of the embedding's gradient over the devices of the tokens, in steps; of the sum each
+    keeps its part of D.
+
+    One axis of the mesh after the other: where two together are no axis of the slice, XLA for TPU
+    sums up whole arrays on all devices, and computes nothing meanwhile.
+    """
+    scatter = functools.partial(lax.psum_scatter, scatter_dimension=1, tiled=True)
+    sums: list[Callable[[Array], Array]] = [
+        functools.partial(scatter, axis_name=axis)
+        for axis in split.embed
+        if lax.axis_size(axis) > 1
+    ]
+    others = [axis for axis in (*split.rows, split.tokens) if axis not in split.embed]
+    if math.prod(map(lax.axis_size, others)) > 1:
+        sums.append(functools.partial(lax.psum, axis_name=others))
+    return sums
 
 
 def _summed_shares(dhidden_TD: Array, split: VocabularySplit) -> Array:
@@ -268,8 +306,11 @@ def _summed_shares(dhidden_TD: Array, split: VocabularySplit) -> Array:
 
 
 def _gathered(embedding_VD: Array, split: VocabularySplit) -> Array:
-    """The device's part of the vocabulary, of the whole D."""
-    return lax.all_gather(embedding_VD, split.embed, axis=1, tiled=True)
+    """The device's part of the vocabulary, of the whole D; over one axis of the mesh after the
+    other, as it is summed up (`_sums`)."""
+    for axis in reversed(split.embed):
+        embedding_VD = lax.all_gather(embedding_VD, axis, axis=1, tiled=True)
+    return embedding_VD
 
 
 def _offset(embedding_VD: Array, split: VocabularySplit) -> Array:

@@ -183,8 +183,8 @@ def kernels(text):
 
 def collectives(text):
     """Of every collective that the program runs: its kind, the bytes that go in or come out on a
-    device, whichever are more, and what is computed while it is in flight: kernels, loops, and
-    fusions with a product in them.
+    device, whichever are more, and what is computed while it is in flight: kernels (but `delayed`,
+    which does nothing), loops, and fusions with a product in them.
 
     A scheduled module lists each computation in the order in which it runs. The TPU has collectives
     in flight in three forms: X-start ... X-done; call-start ... call-done of a computation that the
@@ -224,7 +224,7 @@ def collectives(text):
                 in_flight[fused[2] if fused else name] = one
         elif (
             operation in ("while", "convolution", "dot")
-            or 'custom_call_target="tpu_custom_call"' in line
+            or ('custom_call_target="tpu_custom_call"' in line and not name.startswith("delayed"))
             or (operation == "fusion" and callee[1] in products)
         ):
             for one in in_flight.values():

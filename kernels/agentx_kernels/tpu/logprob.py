@@ -6,6 +6,7 @@ Legend: T tokens, D model, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,25 +77,40 @@ def backward(
     *,
     given: Compiled,
     dtype: Any,
-) -> tuple[Array, Array]:
-    """As `logprob_xla.backward`, in dtype.
+    num_pieces: int,
+) -> tuple[Array, list[Callable[[Array], Array]]]:
+    """The gradient of hidden, and that of the embedding in pieces, as `in_turn` takes them; in
+    dtype. The arrays are as for `logprob_xla.backward`.
 
-    The gradient of hidden comes first, so that what sums it over devices can do so while that of
-    the embedding is computed; whose own sum has the rest of the backward pass beside it.
+    A piece is of columns of the vocabulary, of whole blocks for each tensor core, so there may be
+    fewer than num_pieces.
     """
     tokens = inverse_temperature, maxima, inverse_sum, inverse_temperature * dlogprob
+    vocab_size = embedding.shape[0]
 
-    def run(kernel: Callable[..., Array], stays: str, *others: Array) -> Array:
+    def inputs(stays: str) -> tuple[Options, tuple[Array, Array, Array, Array]]:
         # A sum in f32, and two blocks on their way out.
         held = 4 + 2 * jnp.dtype(dtype).itemsize
         options = _options(given, hidden, embedding, stays, held)
         rows = jnp.stack([_filled(x, options) for x in tokens])
-        arrays = _filled(hidden, options), embedding, _filled(targets, options)[None], rows
-        return kernel(*arrays, *others, dtype, options)
+        return options, (
+            _filled(hidden, options),
+            embedding,
+            _filled(targets, options)[None],
+            rows,
+        )
 
-    dhidden = run(logprob_kernels.of_hidden, "tokens")
-    dembedding = run(logprob_kernels.of_embedding, "columns", dhidden)
-    return dhidden[: hidden.shape[0]], dembedding
+    options, arrays = inputs("tokens")
+    dhidden = logprob_kernels.of_hidden(*arrays, dtype, options)[: hidden.shape[0]]
+    options, arrays = inputs("columns")
+    shared = options.blocks.columns * given.hardware.tensor_cores
+    step = -(-vocab_size // (num_pieces * shared)) * shared
+
+    def of_columns(start: int, after: Array) -> Array:
+        columns = range(start, min(start + step, vocab_size))
+        return logprob_kernels.of_embedding(*arrays, after, columns, dtype, options)
+
+    return dhidden, [functools.partial(of_columns, x) for x in range(0, vocab_size, step)]
 
 
 def _options(given: Compiled, hidden: Array, embedding: Array, stays: str, held: int) -> Options:

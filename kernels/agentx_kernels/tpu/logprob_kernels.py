@@ -117,31 +117,40 @@ def of_embedding(
     targets: Array,
     rows: Array,
     after: Array,
+    columns: range,
     dtype: Any,
     options: Options,
 ) -> Array:
-    """The gradient of embedding, [V, D] in dtype. rows: as for `of_hidden`.
+    """The gradient of embedding[columns], in dtype. rows: as for `of_hidden`.
 
     after: any array; it is not read, but the kernel starts when it is there.
+    columns: of the vocabulary; the first is that of a block, the last of a block or of all.
     """
     blocks, (length, size) = options.blocks, hidden.shape
-    own = pl.BlockSpec((blocks.columns, size), lambda j, i: (j, 0))
+    own = pl.BlockSpec((blocks.columns, size), lambda j, i, first: (j, 0))
+    of_tokens = [pl.BlockSpec((n, blocks.tokens), lambda j, i, first: (0, i)) for n in (1, 4)]
     return pl.pallas_call(
         functools.partial(_of_embedding_kernel, options=options),
-        grid=(pl.cdiv(embedding.shape[0], blocks.columns), length // blocks.tokens),
-        in_specs=[
-            pl.BlockSpec((blocks.tokens, size), lambda j, i: (i, 0)),
-            own,
-            pl.BlockSpec((1, blocks.tokens), lambda j, i: (0, i)),
-            pl.BlockSpec((4, blocks.tokens), lambda j, i: (0, i)),
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
-        out_specs=own,
-        out_shape=jax.ShapeDtypeStruct(embedding.shape, dtype),
-        scratch_shapes=_gradient_scratch(own, hidden, options),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(len(columns), blocks.columns), length // blocks.tokens),
+            in_specs=[
+                pl.BlockSpec((blocks.tokens, size), lambda j, i, first: (i, 0)),
+                pl.BlockSpec((blocks.columns, size), lambda j, i, first: (first[0] + j, 0)),
+                *of_tokens,
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=own,
+            scratch_shapes=_gradient_scratch(own, hidden, options),
+        ),
+        out_shape=jax.ShapeDtypeStruct((len(columns), size), dtype),
         name="logprob_of_embedding",
         **_compiled_with(options),
-    )(hidden, embedding, targets, rows, after)
+    )(
+        # An operand, not a constant: so kernels of other columns are one to the compiler.
+        jnp.array([columns.start // blocks.columns], jnp.int32),
+        *(hidden, embedding, targets, rows, after),
+    )
 
 
 def _gradient_scratch(own: Any, hidden: Array, options: Options) -> list[Any]:
@@ -238,6 +247,7 @@ def _of_hidden_kernel(
 
 
 def _of_embedding_kernel(
+    first_ref: Any,
     hidden_ref: Any,
     block_ref: Any,
     target_ref: Any,
@@ -256,7 +266,7 @@ def _of_embedding_kernel(
 
     # Rows beyond the vocabulary hold no numbers, here and in what is stored: those are dropped.
     _products(hidden_ref, block_ref, raw_ref)
-    draw, _ = _draw(raw_ref, target_ref, rows_ref, pl.program_id(0), options)
+    draw, _ = _draw(raw_ref, target_ref, rows_ref, first_ref[0] + pl.program_id(0), options)
     draw_ref[...] = draw.astype(draw_ref.dtype)
 
     def add(at: Any) -> None:
