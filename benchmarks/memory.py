@@ -66,8 +66,10 @@ class Memory(NamedTuple):
         return self.kept + self.temporary
 
 
-def measure(topology: str, context: int, length: int, config: ModelConfig) -> Memory | None:
-    """The memory of a step, compiled for a slice; None where the compiler says it does not fit."""
+def compile_step(
+    topology: str, context: int, length: int, config: ModelConfig
+) -> jax.stages.Compiled:
+    """The step for a slice, of rows of `length` tokens, whose tokens are over `context` devices."""
     devices = ahead.devices(topology)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1, context=context), devices)
     model = abstract_transformer(config, hardware=hardware(topology.partition(":")[0]))
@@ -80,8 +82,13 @@ def measure(topology: str, context: int, length: int, config: ModelConfig) -> Me
     ids, weights = tokens(jnp.int32), tokens(jnp.float32)
     batch = Batch(ids, ids, weights, TreeLayout(ids, ids, ids))
     step = make_train_step(model, NextTokenLoss(), optimizer, mesh)
+    return step.__wrapped__.lower(abstract_state(model, optimizer, mesh), batch).compile()
+
+
+def measure(topology: str, context: int, length: int) -> Memory | None:
+    """The memory of the 8B model's step; None where the compiler says it does not fit."""
     try:
-        compiled = step.__wrapped__.lower(abstract_state(model, optimizer, mesh), batch).compile()
+        compiled = compile_step(topology, context, length, llama_8b(length))
     except jax.errors.JaxRuntimeError as error:
         if "Ran out of memory" not in str(error):
             raise
@@ -103,7 +110,7 @@ def main() -> None:
     print("|---|---|---|---|---|", flush=True)
 
     def fits(length: int) -> bool:
-        memory = measure(given.topology, given.context, length, llama_8b(length))
+        memory = measure(given.topology, given.context, length)
         is_in = memory is not None and memory.needed <= chip.hbm_bytes
         sizes = (memory.kept, memory.temporary, memory.needed) if memory else ()
         columns = [f"{size / 1e9:.1f}" for size in sizes] or ["refused by the compiler"] + [""] * 2

@@ -21,7 +21,7 @@ from agentx.model import (
     init_cache,
     write,
 )
-from agentx.model.parts import RMSNorm, project, rotate, rotation
+from agentx.model.parts import RMSNorm, parameter, project, rotate, rotation
 from agentx.model.sizes import num_params, train_flops_per_token
 from agentx_kernels.layout import causal, packed
 
@@ -115,19 +115,20 @@ def test_norm_of_bfloat16_is_computed_in_float32():
 
 
 @pytest.mark.parametrize(
-    ("x_shape", "w_shape", "num_inputs", "subscripts"),
+    ("x_shape", "sizes", "num_inputs", "subscripts"),
     [
-        ((2, 3, 4), (4, 6, 5), 1, "bsd,dnh->bsnh"),
-        ((2, 3, 6, 5), (6, 5, 4), 2, "bsnh,nhd->bsd"),
-        ((2, 3, 4), (4, 2), 1, "bsd,df->bsf"),
+        ((2, 3, 4), {"embed": 4, "heads": 6, "head_dim": 5}, 1, "bsd,dnh->bsnh"),
+        ((2, 3, 6, 5), {"heads": 6, "head_dim": 5, "embed": 4}, 2, "bsnh,nhd->bsd"),
+        ((2, 3, 4), {"embed": 4, "mlp": 2}, 1, "bsd,df->bsf"),
     ],
 )
-def test_project_and_its_gradients_are_einsum_s(x_shape, w_shape, num_inputs, subscripts):
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, w = jax.random.normal(keys[0], x_shape), jax.random.normal(keys[1], w_shape)
-    y, vjp = jax.vjp(lambda x, w: project(x, w, num_inputs), x, w)
-    expected, expected_vjp = jax.vjp(lambda x, w: jnp.einsum(subscripts, x, w), x, w)
-    dy = jax.random.normal(keys[2], y.shape)
+def test_project_and_its_gradients_are_einsum_s(x_shape, sizes, num_inputs, subscripts):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], x_shape)
+    w = parameter(nnx.Rngs(0), jax.nn.initializers.normal(1.0), TINY, num_inputs, **sizes)
+    y, vjp = jax.vjp(lambda x, value: project(x, w.replace(value)), x, w[...])
+    expected, expected_vjp = jax.vjp(lambda x, w: jnp.einsum(subscripts, x, w), x, w[...])
+    dy = jax.random.normal(keys[1], y.shape)
     for actual, wanted in zip((y, *vjp(dy)), (expected, *expected_vjp(dy)), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
 

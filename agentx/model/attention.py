@@ -81,9 +81,9 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Array, Array]:
         """Rotated queries [B, S, N, H], rotated keys and values [B, S, K, H]."""
         del from_cache  # a cache holds the keys and values themselves
-        q_BSNH = project(x_BSD, self.w_q[...].astype(x_BSD.dtype))
-        k_BSKH = project(x_BSD, self.w_k[...].astype(x_BSD.dtype))
-        v_BSKH = project(x_BSD, self.w_v[...].astype(x_BSD.dtype))
+        q_BSNH = project(x_BSD, self.w_q)
+        k_BSKH = project(x_BSD, self.w_k)
+        v_BSKH = project(x_BSD, self.w_v)
         if self.config.qkv_bias:
             q_BSNH += self.b_q[...].astype(x_BSD.dtype)
             k_BSKH += self.b_k[...].astype(x_BSD.dtype)
@@ -103,7 +103,7 @@ class Attention(nnx.Module):
     def out(self, o_BSNH: Array, project: Project, from_cache: bool) -> Array:
         """What the heads looked up, as a term of the residual stream [B, S, D]."""
         del from_cache
-        out_BSD = project(o_BSNH, self.w_o[...].astype(o_BSNH.dtype), 2)
+        out_BSD = project(o_BSNH, self.w_o)
         return out_BSD + self.b_o[...].astype(out_BSD.dtype) if self.config.output_bias else out_BSD
 
 
@@ -148,13 +148,13 @@ class LatentAttention(nnx.Module):
         [B, S, N, C + R], keys [B, S, 1, C + R] and values [B, S, 1, C]."""
         dtype, plain_dim = x_BSD.dtype, self.latent.plain_dim
         if self.latent.query_rank is None:
-            q_BSNH = project(x_BSD, self.w_q[...].astype(dtype))
+            q_BSNH = project(x_BSD, self.w_q)
         else:
-            short = self.q_norm(project(x_BSD, self.w_q_a[...].astype(dtype)))
-            q_BSNH = project(short, self.w_q_b[...].astype(dtype))
+            short = self.q_norm(project(x_BSD, self.w_q_a))
+            q_BSNH = project(short, self.w_q_b)
         q_BSNP, q_BSNR = q_BSNH[..., :plain_dim], q_BSNH[..., plain_dim:]
         q_BSNR = rotate(q_BSNR, turn, neighbours=True)
-        both_BSC = project(x_BSD, self.w_kv_a[...].astype(dtype))
+        both_BSC = project(x_BSD, self.w_kv_a)
         rank = self.latent.key_value_rank
         c_BSC = self.kv_norm(both_BSC[..., :rank])
         k_BS1R = rotate(both_BSC[:, :, None, rank:], turn, neighbours=True)
@@ -164,7 +164,7 @@ class LatentAttention(nnx.Module):
             c_BS1C = c_BSC[:, :, None]
             k_BS1C = jnp.concatenate([c_BS1C, k_BS1R], -1)
             return jnp.concatenate([q_BSNC, q_BSNR], -1), k_BS1C, c_BS1C
-        kv_BSNH = project(c_BSC, self.w_kv_b[...].astype(dtype))
+        kv_BSNH = project(c_BSC, self.w_kv_b)
         k_BSNR = jnp.broadcast_to(k_BS1R, q_BSNR.shape)
         return (
             constrain(jnp.concatenate([q_BSNP, q_BSNR], -1), "batch", "sequence", "heads", None),
@@ -187,7 +187,7 @@ class LatentAttention(nnx.Module):
         if from_cache:  # what was looked up is [B, S, N, C]
             w_CNV = self._w_kv_b(project, dtype)[..., self.latent.plain_dim :]
             o_BSNV = jnp.einsum("bsnc,cnv->bsnv", o_BSNV, w_CNV)
-        return project(o_BSNV, self.w_o[...].astype(dtype), 2)
+        return project(o_BSNV, self.w_o)
 
     def _w_kv_b(self, project: Project, dtype: jnp.dtype) -> Array:
         """[C, N, P + V], however it is stored; in one piece, for half of it is taken transposed."""

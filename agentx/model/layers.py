@@ -59,14 +59,14 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BSD: Array, project: Project) -> Array:
         dtype, has_bias = x_BSD.dtype, self.config.mlp_bias
-        gate_BSF = project(x_BSD, self.w_gate[...].astype(dtype))
-        up_BSF = project(x_BSD, self.w_up[...].astype(dtype))
+        gate_BSF = project(x_BSD, self.w_gate)
+        up_BSF = project(x_BSD, self.w_up)
         if has_bias:
             gate_BSF += self.b_gate[...].astype(dtype)
             up_BSF += self.b_up[...].astype(dtype)
         gated_BSF = gated(self.config.activation, gate_BSF, up_BSF)
         gated_BSF = constrain(gated_BSF, "batch", "sequence", "mlp")
-        down_BSD = project(gated_BSF, self.w_down[...].astype(dtype))
+        down_BSD = project(gated_BSF, self.w_down)
         return down_BSD + self.b_down[...].astype(dtype) if has_bias else down_BSD
 
 

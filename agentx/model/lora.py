@@ -91,6 +91,10 @@ class Adapted(nnx.Module):
         """As of a parameter: `[...]`, and `[layer]` before it is merged into one layer."""
         return LowRank(self.w[index], self.a[index], self.b[index], self.scale)
 
+    def get_metadata(self, name: str) -> Any:
+        """As of a parameter: the weight's."""
+        return self.w.get_metadata(name)
+
 
 def adapted(model: Transformer, lora: LoraConfig) -> Transformer:
     """A model like this one, whose weights that `lora` names have adapters; these are abstract.

@@ -166,11 +166,11 @@ class SharedExpert(nnx.Module):
         self.w_down = parameter(rngs, out, model, 1, layers=layers, **mlp, **embed)
 
     def __call__(self, x_BSD: Array) -> Array:
-        gate_BSF = project(x_BSD, self.w_gate[...].astype(x_BSD.dtype))
-        up_BSF = project(x_BSD, self.w_up[...].astype(x_BSD.dtype))
+        gate_BSF = project(x_BSD, self.w_gate)
+        up_BSF = project(x_BSD, self.w_up)
         gated_BSF = gated(self.activation, gate_BSF, up_BSF)
         gated_BSF = constrain(gated_BSF, "batch", "sequence", "mlp")
-        return project(gated_BSF, self.w_down[...].astype(x_BSD.dtype))
+        return project(gated_BSF, self.w_down)
 
 
 class MoE(nnx.Module):

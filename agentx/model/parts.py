@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
 from agentx.model.config import Activation, ModelConfig, RopeKind
+from agentx.sharding import gathered
 
 Array = jax.Array
 
@@ -31,8 +32,8 @@ _LIMIT, _STEEPNESS = 7.0, 1.702
 
 # Cosines and sines of a rotation; None where nothing is rotated.
 Turn = tuple[Array, Array] | None
-# (x, w, num_inputs) -> their product: see `project`.
-Project = Callable[..., Array]
+# (x, w) -> their product: see `project`.
+Project = Callable[[Array, Any], Array]
 # (key, shape, dtype) -> fresh values.
 Initializer = Callable[[Array, tuple[int, ...], jnp.dtype], Array]
 
@@ -68,46 +69,61 @@ class LowRank:
         return jax.tree.map(lambda part: part.astype(dtype), self)
 
 
-# What a product takes: a parameter's array, or one with an adapter.
+# A parameter's array, or one with an adapter.
 Weight = Array | LowRank
 
 
-def project(x: Array, w: Weight, num_inputs: int = 1) -> Array:
-    """x [B, S, *inputs] times w [*inputs, *outputs]: [B, S, *outputs]; `num_inputs` axes of each.
+class Parameter(Protocol):
+    """What a product takes: what `parameter` makes, or that with an adapter (`lora.Adapted`)."""
+
+    def __getitem__(self, index: Any) -> Weight: ...
+
+    def get_metadata(self, name: str) -> Any: ...
+
+
+def project(x: Array, w: Parameter) -> Array:
+    """x [B, S, *inputs] times one layer of w, [*inputs, *outputs], in x's type: [B, S, *outputs].
 
     A weight with an adapter is never summed up: two thin products are taken beside its own, and
     what is frozen of it has no gradient.
     """
-    return _with_adapter(_product, x, w, num_inputs)
+    return _with_adapter(_product, x, w)
 
 
-def _with_adapter(product: Project, x: Array, w: Weight, num_inputs: int) -> Array:
-    if not isinstance(w, LowRank):
-        return product(x, w, num_inputs)
-    y = product(x, lax.stop_gradient(w.w), num_inputs)
-    return y + w.scale * product(product(x, w.a, num_inputs), w.b, 1)
+def _with_adapter(product: Callable[..., Array], x: Array, w: Parameter) -> Array:
+    value, num_inputs = w[...].astype(x.dtype), w.get_metadata("num_inputs")
+    axes = tuple(axis for axis in w.get_metadata("axes") if axis != "layers")
+    if not isinstance(value, LowRank):
+        return product(x, value, num_inputs, axes)
+    y = product(x, lax.stop_gradient(value.w), num_inputs, axes)
+    thin = product(x, value.a, num_inputs, (*axes[:num_inputs], "rank"))
+    return y + value.scale * product(thin, value.b, 1, ("rank", *axes[num_inputs:]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: Array, w: Array, num_inputs: int) -> Array:
-    """`project` of a plain array.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: Array, w: Array, num_inputs: int, axes: tuple[str, ...]) -> Array:
+    """`project` of a plain array, whose axes have these names.
 
-    Its gradient is JAX's, but for the order of the operands of dw: XLA on a CPU transposes the
-    first of them in memory, and here that is the smaller of the two. Left to JAX, those are the
-    large gradients of the gate and up projections, a third of the time of a training step.
+    Its gradient is JAX's, but for where w is gathered (`sharding.gathered`) and for the order of
+    the operands of dw: XLA on a CPU transposes the first of them in memory, and here that is the
+    smaller of the two. Left to JAX, those are the large gradients of the gate and up projections, a
+    third of the time of a training step.
     """
     inputs = tuple(range(num_inputs))
     return lax.dot_general(x, w, ((tuple(2 + i for i in inputs), inputs), ((), ())))
 
 
-def _product_forward(x: Array, w: Array, num_inputs: int) -> tuple[Array, tuple[Array, Array]]:
-    return checkpoint_name(_product(x, w, num_inputs), "product"), (x, w)
+def _product_forward(
+    x: Array, w: Array, num_inputs: int, axes: tuple[str, ...]
+) -> tuple[Array, tuple[Array, Array]]:
+    return checkpoint_name(_product(x, w, num_inputs, axes), "product"), (x, w)
 
 
 def _product_backward(
-    num_inputs: int, residuals: tuple[Array, Array], dy: Array
+    num_inputs: int, axes: tuple[str, ...], residuals: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
     x, w = residuals
+    w = gathered(w, *axes)
     outputs = tuple(range(num_inputs, w.ndim))
     dy_outputs = tuple(range(2, dy.ndim))
     dx = lax.dot_general(dy, w, ((dy_outputs, outputs), ((), ())))
@@ -121,7 +137,7 @@ def _product_backward(
 _product.defvjp(_product_forward, _product_backward)
 
 
-def project_few(x: Array, w: Weight, num_inputs: int = 1) -> Array:
+def project_few(x: Array, w: Parameter) -> Array:
     """`project` for weights from `outputs_first`; for a few tokens on a CPU, and no gradient.
 
     The parts of a weight with an adapter are stored so each by itself, a with the inputs of w, b
@@ -129,10 +145,11 @@ def project_few(x: Array, w: Weight, num_inputs: int = 1) -> Array:
     which it reads it. With few tokens that should not be the weights, and of them it should read
     whole rows.
     """
-    return _with_adapter(_product_few, x, w, num_inputs)
+    return _with_adapter(_product_few, x, w)
 
 
-def _product_few(x: Array, w: Array, num_inputs: int) -> Array:
+def _product_few(x: Array, w: Array, num_inputs: int, axes: tuple[str, ...]) -> Array:
+    del axes  # of the weight as it was trained, on one device now
     w_inputs = tuple(range(w.ndim - num_inputs, w.ndim))
     x_inputs = tuple(range(2, 2 + num_inputs))
     y = lax.dot_general(w, x, ((w_inputs, x_inputs), ((), ())))

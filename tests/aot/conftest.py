@@ -19,7 +19,8 @@ from agentx_kernels import ahead
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".aot_cache"
 # What a program is made from besides the kernels and tests/aot, which all are.
-SOURCES = {"train_step": ("agentx/*.py", "agentx/model/*.py", "configs/models/*.gin")}
+OF_STEPS = ("agentx/*.py", "agentx/model/*.py", "configs/models/*.gin", "benchmarks/memory.py")
+SOURCES = {"train_step": OF_STEPS, "whole_step": OF_STEPS}
 
 
 def pytest_collection_modifyitems(items):

@@ -122,6 +122,14 @@ def train_step(chip, **arguments):
     return facts_of(train_step(chip, **arguments), chip)
 
 
+def whole_step(topology, context, length):
+    """The train step whose memory benchmarks/memory.py prints."""
+    from benchmarks.memory import compile_step, llama_8b  # with all of agentx, as above
+
+    step = compile_step(topology, context, length, llama_8b(length))
+    return facts_of(step, topology.partition(":")[0])
+
+
 # --------------------------------------------------------------------------------------------------
 # Arrays that are not there
 # --------------------------------------------------------------------------------------------------
