@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".aot_cache"
 # What a program is made from besides the kernels and tests/aot, which all are.
 OF_STEPS = ("agentx/*.py", "agentx/model/*.py", "configs/models/*.gin", "benchmarks/memory.py")
-SOURCES = {"train_step": OF_STEPS, "whole_step": OF_STEPS}
+SOURCES = {"train_step": OF_STEPS, "whole_step": OF_STEPS, "mesh_of_a_slice": OF_STEPS}
 
 
 def pytest_collection_modifyitems(items):

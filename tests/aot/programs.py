@@ -122,6 +122,17 @@ def train_step(chip, **arguments):
     return facts_of(train_step(chip, **arguments), chip)
 
 
+def mesh_of_a_slice(topology, **sizes):
+    """The trainer's mesh of it: the coordinates of its devices, by the mesh's axes."""
+    from agentx.sharding import MeshConfig, make_mesh
+
+    mesh = make_mesh(MeshConfig(data=1, **sizes), ahead.devices(topology))
+    return {
+        "shape": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "coordinates": [device.coords for device in mesh.devices.flat],
+    }
+
+
 def whole_step(topology, context, length):
     """The train step whose memory benchmarks/memory.py prints."""
     from benchmarks.memory import compile_step, llama_8b  # with all of agentx, as above

@@ -1,12 +1,31 @@
-"""The whole train step of an 8B model, by the real compiler for a slice that is not there."""
+"""The trainer's mesh of a slice that is not there, and the train step of an 8B model, compiled for
+one by the real compiler."""
 
+import pytest
 from in_flight import beside, num_bytes
 
 
+@pytest.mark.parametrize(
+    ("topology", "sizes"),
+    [
+        ("v5p:2x4x4", {"fsdp": 4, "context": 8}),
+        ("v5p:4x4x4", {"fsdp": 8, "context": 8}),  # two sides of 4, and halves of them
+        ("v6e:8x8", {"fsdp": 4, "context": 16}),
+        ("v6e:16x16", {"fsdp": 32, "context": 8}),
+    ],
+)
+def test_a_mesh_may_have_axes_that_are_parts_of_a_slice_s(facts, topology, sizes):
+    made = facts("mesh_of_a_slice", topology=topology, **sizes)
+    assert made["shape"] == sizes
+    assert len(set(map(tuple, made["coordinates"]))) == sizes["fsdp"] * sizes["context"]
+
+
 def test_the_step_of_an_8b_model_moves_data_while_it_computes_on_a_v5p_64(facts):
-    """32 chips, whose axes alone are none of the mesh's: weights lie over 2x4x4 of them, tokens over
-    2x4. Of all that moves two thirds have company, and of each kind: what is gathered are weights,
-    what is scattered their gradients, what is exchanged heads."""
+    """32 chips, 2x4x4: weights lie over all of them, tokens over 2x4.
+
+    Two thirds of each kind have company: what is gathered and permuted are weights, what is
+    scattered the gradient of one, what is exchanged heads.
+    """
     compiled = facts("whole_step", topology="v5p:2x4x4", context=8, length=2**17)
     assert compiled["needed_bytes"] <= compiled["hbm_bytes"]
     collectives = compiled["collectives"]
