@@ -1,4 +1,4 @@
-"""The TPU compiler for tests, in a process of its own for each file; skipped where there is none.
+"""The TPU compiler for tests, in a process of its own; skipped where there is none.
 
 What a program compiled to is kept in .aot_cache/, by a hash of all the source that went into it and
 of the compiler: nothing that has changed is answered from there. CI starts without.
@@ -60,7 +60,7 @@ def remembered(needs_libtpu):
     return recall
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def facts(remembered):
     """facts(program, **arguments): of a program of programs.py, compiled."""
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}

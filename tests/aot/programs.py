@@ -119,7 +119,7 @@ def train_step(chip, **arguments):
     """The train step of a published shape, made smaller; arguments: see `steps.train_step`."""
     from steps import train_step  # with all of agentx, which takes seconds: not for the others
 
-    return facts_of(train_step(chip, **arguments), chip)
+    return facts_of(sooner(train_step(chip, **arguments).compile), chip)
 
 
 def mesh_of_a_slice(topology, **sizes):
@@ -180,8 +180,20 @@ def compiled(f, chip, mesh, *arguments):
     """The facts of a function of arrays that lie on a mesh."""
     options = compiler_options(hardware(chip))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        program = jax.jit(f).lower(*arguments).compile(compiler_options=options)
-    return facts_of(program, chip)
+        lowered = jax.jit(f).lower(*arguments)
+    if mesh.size == 1:
+        return facts_of(sooner(lowered.compile, compiler_options=options), chip)
+    return facts_of(lowered.compile(compiler_options=options), chip)
+
+
+def sooner(compile, **options):
+    """compile(**options) by a compiler that takes no pains over speed: it is done in half the time,
+    and what is legal and which kernels there are is the same."""
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    try:
+        return compile(**options)
+    finally:
+        jax.config.update("jax_exec_time_optimization_effort", 0.0)
 
 
 def facts_of(program, chip):

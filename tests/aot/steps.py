@@ -1,4 +1,4 @@
-"""The trainer's step, compiled for a TPU that is not there."""
+"""The trainer's step, to be compiled for a TPU that is not there."""
 
 import dataclasses
 
@@ -22,9 +22,6 @@ def train_step(chip, shape, length, moe=None, **changes):
     in the backward pass.
 
     shape: a file of configs/models. changes, moe: what ModelConfig and its MoEConfig have instead.
-
-    The compiler is told to take no pains over speed: it is done in half the time, and what is legal
-    and which kernels there are is the same.
     """
     config = load_config(f"models/{shape}", root="ModelConfig")
     if moe:
@@ -41,9 +38,4 @@ def train_step(chip, shape, length, moe=None, **changes):
     )
     batch = Batch(ids, ids, weights, TreeLayout(ids, ids, ids))
     step = make_train_step(model, NextTokenLoss(), optimizer, mesh)
-    lowered = step.__wrapped__.lower(abstract_state(model, optimizer, mesh), batch)
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    try:
-        return lowered.compile()
-    finally:
-        jax.config.update("jax_exec_time_optimization_effort", 0.0)
+    return step.__wrapped__.lower(abstract_state(model, optimizer, mesh), batch)

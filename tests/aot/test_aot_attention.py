@@ -32,7 +32,6 @@ SMALL = {"size": 1024, "heads": 8, "kv_heads": 8}
     [
         ("v5e", "v5e:4x4", 1, True, SMALL, {"collective-permute"}),
         ("v5p", "v5p:4x4x4", 1, False, {}, {"all-gather", "reduce-scatter"}),
-        ("v5p", "v5p:4x4x4", 8, False, {}, {"all-to-all"}),
         ("v6e", "v6e:4x8", 8, False, {}, {"all-to-all"}),
         ("tpu7x", "tpu7x:4x4x4", 8, False, {}, {"all-to-all"}),
     ],
@@ -40,7 +39,8 @@ SMALL = {"size": 1024, "heads": 8, "kv_heads": 8}
 def test_layers_of_a_million_tokens_fit_a_slice_and_move_data_while_they_compute(
     facts, chip, topology, ulysses, ring, shape, kinds
 ):
-    """Each chip with another strategy for the tokens; weights are gathered and their gradients
+    """Each chip with another strategy for the tokens (v5p exchanges heads in test_aot_slice.py, at
+    131,072); weights are gathered and their gradients
     summed up on all of them. Two thirds of all that moves have company, and of what is named."""
     split = {"ulysses": ulysses, "ring": ring}
     compiled = facts("layers", chip=chip, topology=topology, length=2**20, **split, **shape)
