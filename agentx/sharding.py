@@ -140,8 +140,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def gathered(x: jax.Array, *axes: str) -> jax.Array:
     """x, whole along `embed` if several mesh axes split that, gathered over one after the other.
 
-    Over all at once, TPUs gather beside computation only where they are axes of the slice together;
-    left to XLA, the weights of each layer's backward pass on a v5p-64 arrived before it began.
+    In some slices TPUs gather beside computation over one of these, not over all at once: left to
+    XLA, a v5p-64 computed nothing while it gathered the weights of a layer's backward pass.
     """
     mesh = jax.sharding.get_abstract_mesh()
     over = [a for a in RULES["embed"] if mesh.shape.get(a, 1) > 1]

@@ -66,13 +66,11 @@ class Memory(NamedTuple):
         return self.kept + self.temporary
 
 
-def compile_step(
-    topology: str, context: int, length: int, config: ModelConfig
-) -> jax.stages.Compiled:
-    """The step for a slice, of rows of `length` tokens, whose tokens are over `context` devices."""
+def compile_step(topology: str, context: int, length: int) -> jax.stages.Compiled:
+    """The 8B model's step for a slice, of rows of `length` tokens over `context` devices each."""
     devices = ahead.devices(topology)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1, context=context), devices)
-    model = abstract_transformer(config, hardware=hardware(topology.partition(":")[0]))
+    model = abstract_transformer(llama_8b(length), hardware=hardware(topology.partition(":")[0]))
     optimizer = make_optimizer(OptimizerConfig(), num_steps=1000)
 
     def tokens(dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
@@ -88,7 +86,7 @@ def compile_step(
 def measure(topology: str, context: int, length: int) -> Memory | None:
     """The memory of the 8B model's step; None where the compiler says it does not fit."""
     try:
-        compiled = compile_step(topology, context, length, llama_8b(length))
+        compiled = compile_step(topology, context, length)
     except jax.errors.JaxRuntimeError as error:
         if "Ran out of memory" not in str(error):
             raise

@@ -38,9 +38,8 @@ def in_turn(
     """
     journey = journey or [lambda part: part]
     size = len(journey)
-    waits = [after] * (
-        size + 1
-    )  # of each piece in turn; later ones for the steps, as they are made
+    # What each piece in turn waits for: after the first ones, the steps as they are made.
+    waits = [after] * (size + 1)
     made: list[Array] = []
     parts: list[Array] = []
 

@@ -135,10 +135,9 @@ def mesh_of_a_slice(topology, **sizes):
 
 def whole_step(topology, context, length):
     """The train step whose memory benchmarks/memory.py prints."""
-    from benchmarks.memory import compile_step, llama_8b  # with all of agentx, as above
+    from benchmarks.memory import compile_step  # with all of agentx, as above
 
-    step = compile_step(topology, context, length, llama_8b(length))
-    return facts_of(step, topology.partition(":")[0])
+    return facts_of(compile_step(topology, context, length), topology.partition(":")[0])
 
 
 # --------------------------------------------------------------------------------------------------
